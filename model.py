@@ -1,0 +1,466 @@
+"""Llama and Qwen in plain PyTorch, with the residual stream as the thing the model exposes.
+
+    H^0 = embedding                      A^l = attention write of block l        F^l = MLP write of block l
+    resid_mid = H^{l-1} + A^l            H^l = resid_mid + F^l                   l = 1 .. L, as in the BuPO paper
+
+    model(ids, until=l)        H^l, un-normed, having run blocks 1..l and no other
+    model.unembed(h, layer=l)  logits of the internal layer policy pi^l; the final norm is applied at l = L only
+    model.stream(ids)          every attn_out, resid_mid, mlp_out, resid_post, one block at a time
+
+Families: llama (with 3.x rope scaling), qwen2 (QKV bias), qwen3 (QK norm), mistral without a sliding window. Folders are
+Hugging Face folders on the way in and on the way out.
+
+Simplified on purpose: no dropout, no sliding window, no quantised weights. The query, key and value matrices are one matrix, and
+so are gate and up: fewer, larger products. Attention is passed into the block as a function `attend(layer, q, k, v)`, so that the
+trainer, the prefill and the decoder run the same lines.
+"""
+import json
+import re
+import shutil
+from collections import namedtuple
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+# ---------------------------------------------------------------------------------------------------------------------
+# names people type -> hub repositories
+
+HUB = {
+    **{f"qwen3-{s}": f"Qwen/Qwen3-{s.upper()}" for s in ("0.6b", "1.7b", "4b", "8b", "14b")},
+    **{f"qwen3-{s}-base": f"Qwen/Qwen3-{s.upper()}-Base" for s in ("0.6b", "1.7b", "4b", "8b", "14b")},
+    **{f"qwen2.5-{s}": f"Qwen/Qwen2.5-{s.upper()}" for s in ("0.5b", "1.5b", "3b", "7b")},
+    **{f"qwen2.5-{s}-instruct": f"Qwen/Qwen2.5-{s.upper()}-Instruct" for s in ("0.5b", "1.5b", "3b", "7b")},
+    **{f"qwen2.5-math-{s}": f"Qwen/Qwen2.5-Math-{s.upper()}" for s in ("1.5b", "7b")},
+    **{f"qwen2.5-math-{s}-instruct": f"Qwen/Qwen2.5-Math-{s.upper()}-Instruct" for s in ("1.5b", "7b")},
+    **{f"llama-3.2-{s}": f"meta-llama/Llama-3.2-{s.upper()}" for s in ("1b", "3b")},
+    **{f"llama-3.2-{s}-instruct": f"meta-llama/Llama-3.2-{s.upper()}-Instruct" for s in ("1b", "3b")},
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama-3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
+    **{f"octothinker-{s}": f"OctoThinker/OctoThinker-{s.upper()}-Hybrid-Base" for s in ("3b", "8b")},
+    **{f"deepseek-r1-distill-qwen-{s}": f"deepseek-ai/DeepSeek-R1-Distill-Qwen-{s.upper()}" for s in ("1.5b", "7b")},
+    "mistral-nemo": "mistralai/Mistral-Nemo-Base-2407",
+    "mistral-nemo-instruct": "mistralai/Mistral-Nemo-Instruct-2407",
+}
+FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "mistral": "MistralForCausalLM"}
+# copied byte for byte beside the weights, so that a saved folder is a whole model
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+                   "chat_template.jinja", "chat_template.json", "generation_config.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# shapes
+
+@dataclass
+class Config:
+    """Shape of a model. `from_hf` and `to_hf` translate a Hugging Face config.json; `raw` keeps what we do not read, for saving."""
+    family: str            # llama | qwen2 | qwen3 | mistral
+    vocab_size: int        # V, rows of the embedding; may exceed what the tokenizer uses
+    d_model: int           # D
+    n_layers: int          # L
+    n_heads: int           # H, query heads
+    n_kv_heads: int        # K, key/value heads; H / K query heads share one
+    head_dim: int          # E, independent of D / H
+    d_mlp: int
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None   # None, or Llama 3.x: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
+    tied: bool = False     # the embedding is also the unembedding
+    max_len: int = 2048    # tokens the positions were trained for
+    raw: dict = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def qkv_bias(self): return self.family == "qwen2"
+
+    @property
+    def qk_norm(self): return self.family == "qwen3"
+
+    @classmethod
+    def from_hf(cls, raw: dict) -> "Config":
+        """Read a config.json dict, older (`rope_theta`, `rope_scaling`) or newer (`rope_parameters`) style.
+
+        Raises ValueError, in one line that lists everything unsupported or out of range: a setting that changes the maths is
+        never ignored.
+        """
+        wrong = []
+
+        def integer(key, default=None, most=10**7):
+            value = raw.get(key, default)
+            value = default if value is None else value
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+                wrong.append(f"{key}={value!r:.40} (want a whole number from 1 to {most})")
+                return 1
+            return value
+
+        def number(source, key, default):
+            value = source.get(key, default)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e12:
+                wrong.append(f"{key}={value!r:.40} (want a positive number)")
+                return 1.0
+            return float(value)
+
+        if not isinstance(raw, dict):
+            raise ValueError("config.json: not a JSON object")
+        family = raw.get("model_type")
+        if family not in FAMILIES:
+            raise ValueError(f"config.json: model_type {family!r:.40} is not supported; this code reads {', '.join(FAMILIES)}")
+        D, H = integer("hidden_size", most=65536), integer("num_attention_heads", most=1024)
+        K = integer("num_key_value_heads", H, most=1024)
+        E = integer("head_dim", 128 if family == "qwen3" else max(D // H, 1), most=1024)
+        if H % K: wrong.append(f"num_attention_heads={H} is not a multiple of num_key_value_heads={K}")
+        if E % 2: wrong.append(f"head_dim={E} is odd, rotary positions need pairs")
+
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            wrong.append(f"rope settings {rope!r:.40} are not an object")
+            rope = {}
+        kind, scaling = rope.get("rope_type", rope.get("type", "default")), None
+        if kind == "llama3":
+            keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            scaling = {key: number(rope, key, None) for key in keys}
+        elif kind != "default": wrong.append(f"rope type {kind!r:.40} (supported: default, llama3)")
+        theta = number(rope if "rope_theta" in rope else raw, "rope_theta", 10000.0)
+
+        if raw.get("hidden_act", "silu") != "silu": wrong.append(f"hidden_act={raw['hidden_act']!r:.40} (supported: silu)")
+        if raw.get("attention_bias"): wrong.append("attention_bias=true")
+        if raw.get("mlp_bias"): wrong.append("mlp_bias=true")
+        if raw.get("partial_rotary_factor", 1) != 1: wrong.append("partial_rotary_factor")
+        if raw.get("quantization_config"): wrong.append("quantization_config (load an unquantised checkpoint)")
+        sliding = raw.get("sliding_window") is not None and raw.get("use_sliding_window", family == "mistral")
+        if sliding: wrong.append(f"sliding_window={raw['sliding_window']!r:.40}")
+        config = cls(family, integer("vocab_size"), D, integer("num_hidden_layers", most=1000), H, K, E,
+                     integer("intermediate_size", most=10**6), number(raw, "rms_norm_eps", 1e-6), theta, scaling, bool(raw.get("tie_word_embeddings", False)),
+                     integer("max_position_embeddings", 2048, most=10**8), dict(raw))
+        if wrong:
+            raise ValueError("config.json: not supported: " + "; ".join(wrong))
+        return config
+
+    def to_hf(self, dtype: torch.dtype = torch.float32) -> dict:
+        """A config.json dict that stock transformers reads; keys of the original file that we do not use are kept."""
+        name = str(dtype).removeprefix("torch.")
+        out = {"architectures": [FAMILIES[self.family]], "hidden_act": "silu", **self.raw,
+               "model_type": self.family, "vocab_size": self.vocab_size, "hidden_size": self.d_model, "num_hidden_layers": self.n_layers,
+               "num_attention_heads": self.n_heads, "num_key_value_heads": self.n_kv_heads, "head_dim": self.head_dim,
+               "intermediate_size": self.d_mlp, "rms_norm_eps": self.norm_eps, "tie_word_embeddings": self.tied,
+               "max_position_embeddings": self.max_len, "dtype" if "dtype" in self.raw else "torch_dtype": name}
+        if "rope_parameters" not in self.raw:      # both generations of readers understand the older keys
+            out["rope_theta"] = self.rope_theta
+            if self.rope_scaling: out["rope_scaling"] = {"rope_type": "llama3", **self.rope_scaling}
+        if self.family == "mistral": out["sliding_window"] = None   # left out, its readers assume a window of 4096
+        if isinstance(out.get("layer_types"), list): out["layer_types"] = ["full_attention"] * self.n_layers
+        return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the model
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the mean square in float32 whatever the dtype of x (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):
+        x32 = x.float()
+        return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def rope(config: Config, pos: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary angles of positions pos [...]: (cos, sin), each float32 [..., 1, E/2], ready to broadcast over heads (arXiv 2104.09864).
+
+    Computed from the configuration on every call, never stored: a buffer would follow the model into bfloat16 and lose the positions.
+    """
+    E = config.head_dim
+    freq = 1.0 / config.rope_theta ** (torch.arange(0, E, 2, device=pos.device, dtype=torch.float32) / E)   # [E/2], radians a token
+    if s := config.rope_scaling:   # Llama 3.x: long wavelengths are stretched by `factor`, short ones kept, a ramp between
+        wavelen = 2 * torch.pi / freq
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        keep = ((s["original_max_position_embeddings"] / wavelen - low) / (high - low)).clamp(0, 1)
+        freq = (1 - keep) * freq / s["factor"] + keep * freq
+    angle = pos[..., None].float() * freq
+    return angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
+
+
+def rotate(x, cos, sin):
+    """Rotate x [..., heads, E]: component i pairs with component i + E/2, as Hugging Face checkpoints are laid out."""
+    a, b = x.float().chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+def causal(layer, q, k, v):
+    """The plain `attend`: causal attention over whole sequences, q [B,T,H,E], k and v [B,T,K,E] -> [B,T,H,E].
+
+    Right padding needs no mask: no real token looks to its right.
+    """
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+class Block(nn.Module):
+    """One transformer block. Leading dimensions are free ([B,T] in training, [slots] in decoding); `attend` gives them their meaning."""
+
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.layer, self.heads = layer, (c.n_heads, c.n_kv_heads, c.n_kv_heads)   # layer counts from 1
+        self.E = c.head_dim
+        self.attn_norm, self.mlp_norm = RMSNorm(c.d_model, c.norm_eps), RMSNorm(c.d_model, c.norm_eps)
+        self.qkv = nn.Linear(c.d_model, sum(self.heads) * c.head_dim, bias=c.qkv_bias)
+        self.o = nn.Linear(c.n_heads * c.head_dim, c.d_model, bias=False)
+        self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity() for _ in range(2))
+        self.gate_up = nn.Linear(c.d_model, 2 * c.d_mlp, bias=False)
+        self.down = nn.Linear(c.d_mlp, c.d_model, bias=False)
+
+    def attn_out(self, x, angles, attend):
+        """A^l: what attention adds to the residual stream x [..., D]."""
+        qkv = self.qkv(self.attn_norm(x)).unflatten(-1, (-1, self.E))                       # [..., H+2K, E]
+        q, k, v = qkv.split(self.heads, -2)
+        q, k = rotate(self.q_norm(q), *angles), rotate(self.k_norm(k), *angles)
+        return self.o(attend(self.layer, q, k, v).flatten(-2))
+
+    def mlp_out(self, x):
+        """F^l: what the MLP adds to the residual stream x [..., D]; SwiGLU (arXiv 2002.05202)."""
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
+
+    def forward(self, x, angles, attend):
+        x = x + self.attn_out(x, angles, attend)
+        return x + self.mlp_out(x)
+
+
+# one block's states, each [B,T,D]; a write is exactly what is added: resid_mid == resid_pre + attn_out, resid_post == resid_mid + mlp_out
+BlockStates = namedtuple("BlockStates", "layer resid_pre attn_out resid_mid mlp_out resid_post")
+# the same for all blocks: embed [B,T,D], then lists over blocks whose entry 0 is block 1
+Residuals = namedtuple("Residuals", "embed attn_out resid_mid mlp_out resid_post")
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model. `folder` is where its weights came from, or None."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, self.folder = config, None
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, l) for l in range(1, config.n_layers + 1))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        if not config.tied: self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    @property
+    def unembedding(self) -> torch.Tensor:
+        """E_u [V,D]; the embedding itself when the two are tied."""
+        return self.embed.weight if self.config.tied else self.head.weight
+
+    def forward(self, ids, until=None, pos=None, attend=causal):
+        """Residual stream after block `until`, un-normed.
+
+        ids    token ids [B,T] (any leading shape with another `attend`)
+        until  last block to run, 0 (the embedding) .. L; None is L. Later blocks are not run, so they get no gradient (None, not zero)
+        pos    positions like ids; None counts 0, 1, ... along the last dimension
+        returns H^until [B,T,D] in the dtype of the weights
+        """
+        x, angles = self.embed(ids), self.angles(ids, pos)
+        for block in self.blocks[:until]:
+            x = block(x, angles, attend)
+        return x
+
+    def angles(self, ids, pos=None):
+        return rope(self.config, torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape) if pos is None else pos)
+
+    def stream(self, ids, until=None, pos=None, attend=causal):
+        """Run like `forward` and yield one BlockStates a block, so that the states of a model of any depth need the memory of one block."""
+        x, angles = self.embed(ids), self.angles(ids, pos)
+        for block in self.blocks[:until]:
+            attn = block.attn_out(x, angles, attend)
+            mid = x + attn
+            mlp = block.mlp_out(mid)
+            post = mid + mlp
+            yield BlockStates(block.layer, x, attn, mid, mlp, post)
+            x = post
+
+    def residuals(self, ids) -> Residuals:
+        """Every state of the residual stream at once, for small models and for reading: see `stream` for large ones."""
+        states = list(self.stream(ids))
+        return Residuals(self.embed(ids), *([getattr(s, name) for s in states] for name in Residuals._fields[1:]))
+
+    def final(self, h, layer=None):
+        """What the unembedding sees of H^layer: the final norm at layer L (None), the raw state below, as the paper defines pi^l."""
+        return self.norm(h) if layer is None or layer == self.config.n_layers else h
+
+    def unembed(self, h, layer=None):
+        """float32 logits [..., V] of the internal layer policy: H^l E_u^T for l < L, norm(H^L) E_u^T for l = L (also None)."""
+        return project(self.final(h, layer), self.unembedding)
+
+    @torch.no_grad()
+    def init_weights(self, seed=0, std=0.02):
+        """Normal(0, std) matrices, biases zero, norms one: for tests, benchmarks and the embedded default."""
+        g = torch.Generator(self.embed.weight.device).manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.dim() > 1: p.normal_(0, std, generator=g)
+            elif name.endswith("bias"): p.zero_()
+            else: p.fill_(1.0)
+        return self
+
+
+def project(h, unembedding):
+    """h [..., D] times E_u^T [D, V] as float32 [..., V]: logits are never rounded to bfloat16, where a step near 20 is 0.125."""
+    with torch.autocast(h.device.type, enabled=False):
+        if h.is_cuda and unembedding.dtype in (torch.bfloat16, torch.float16):
+            return torch.mm(h.to(unembedding.dtype).flatten(0, -2), unembedding.t(), out_dtype=torch.float32).unflatten(0, h.shape[:-1])
+        return F.linear(h.float(), unembedding.float())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# folders
+
+def hf_tensors(c: Config) -> dict[str, tuple[str, int, int]]:
+    """Hugging Face name -> (our parameter, first row, rows) for every tensor of a checkpoint; rows are along dimension 0."""
+    HE, KE = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    out = {"model.embed_tokens.weight": ("embed.weight", 0, c.vocab_size)}
+    for i in range(c.n_layers):
+        theirs, ours = f"model.layers.{i}.", f"blocks.{i}."
+        for kind in ("weight", "bias") if c.qkv_bias else ("weight",):
+            for proj, row, rows in (("q", 0, HE), ("k", HE, KE), ("v", HE + KE, KE)):
+                out[f"{theirs}self_attn.{proj}_proj.{kind}"] = (f"{ours}qkv.{kind}", row, rows)
+        if c.qk_norm:
+            for n in "qk": out[f"{theirs}self_attn.{n}_norm.weight"] = (f"{ours}{n}_norm.weight", 0, c.head_dim)
+        out[f"{theirs}self_attn.o_proj.weight"] = (f"{ours}o.weight", 0, c.d_model)
+        out[f"{theirs}mlp.gate_proj.weight"] = (f"{ours}gate_up.weight", 0, c.d_mlp)
+        out[f"{theirs}mlp.up_proj.weight"] = (f"{ours}gate_up.weight", c.d_mlp, c.d_mlp)
+        out[f"{theirs}mlp.down_proj.weight"] = (f"{ours}down.weight", 0, c.d_model)
+        out[f"{theirs}input_layernorm.weight"] = (f"{ours}attn_norm.weight", 0, c.d_model)
+        out[f"{theirs}post_attention_layernorm.weight"] = (f"{ours}mlp_norm.weight", 0, c.d_model)
+    out["model.norm.weight"] = ("norm.weight", 0, c.d_model)
+    if not c.tied: out["lm_head.weight"] = ("head.weight", 0, c.vocab_size)
+    return out
+
+
+def resolve(name_or_folder) -> Path:
+    """Folder of a model: a path as it is (no network), a preset of HUB or an `owner/name` from the hub's cache, downloaded if need be.
+
+    Raises FileNotFoundError with one line: the repository, the cache and the ways out.
+    """
+    path, name = Path(name_or_folder), str(name_or_folder)
+    if path.is_dir(): return path
+    repo = HUB.get(name.lower(), name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or name.startswith((".", "/")):
+        raise FileNotFoundError(f"{name}: no such folder, and no preset of that name; presets: {', '.join(HUB)}")
+    from huggingface_hub import constants, snapshot_download
+    try:
+        return Path(snapshot_download(repo, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]))
+    except Exception as e:   # the hub library raises a dozen kinds, all of which mean: it is not here and could not be fetched
+        why = str(e).strip().splitlines()[0][:120] if str(e).strip() else type(e).__name__
+        raise FileNotFoundError(
+            f"{name}: cannot get {repo} from the hub ({type(e).__name__}: {why}). Give a folder that holds it, or run `hf download {repo}` "
+            f"where there is a network, or set HF_HOME to a cache that has it (now {constants.HF_HOME}); a gated model also needs "
+            "`hf auth login`") from None
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; ValueError or FileNotFoundError with the path in one line."""
+    try:
+        out = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except (ValueError, RecursionError, OSError) as e:
+        raise ValueError(f"{path}: cannot be read as JSON ({str(e)[:80]})") from None
+    if not isinstance(out, dict): raise ValueError(f"{path}: a JSON object is expected")
+    return out
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        files = [folder / "model.safetensors"]
+    else:
+        names = read_json(index).get("weight_map")
+        names = sorted({str(n) for n in names.values()}) if isinstance(names, dict) else []
+        if not names: raise ValueError(f"{index}: no weight_map")
+        # a name, not a path: an index from the internet must not reach outside its folder (links of the hub's cache stay allowed)
+        if bad := [n for n in names if not re.fullmatch(r"[\w.-]+\.safetensors", n)]:
+            raise ValueError(f"{index}: shard names must be plain file names, not {bad[0]!r:.80}")
+        files = [folder / n for n in names]
+    if missing := [f.name for f in files if not f.exists()]:
+        raise FileNotFoundError(f"{folder}: missing weight files: {', '.join(missing)}; download the folder again")
+    return files
+
+
+def load(name_or_folder, dtype=torch.float32, device="cpu") -> Transformer:
+    """Build a Transformer from a folder, a preset name or a hub id.
+
+    Headers are checked first: every name and shape must be the one the configuration implies, and one ValueError lists all that
+    is wrong before any memory is taken. Then tensors are streamed, one at a time, into parameters already on `device`: the peak is
+    the model plus its largest tensor. A tied checkpoint may carry an `lm_head.weight` if it equals the embedding.
+    """
+    folder = resolve(name_or_folder)
+    config = Config.from_hf(read_json(folder / "config.json"))
+    wanted, found, wrong = hf_tensors(config), {}, []
+    with torch.device("meta"): model = Transformer(config)
+    params = dict(model.named_parameters())
+    handles = []
+    for path in _shards(folder):
+        try:
+            handles.append(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError, ValueError) as e:
+            raise ValueError(f"{path}: not a readable safetensors file ({str(e)[:100]}); download it again") from None
+        for name in handles[-1].keys():
+            view = handles[-1].get_slice(name)
+            if name in found: wrong.append(f"{name} stands in two shards")
+            found[name] = handles[-1]
+            if view.get_dtype() not in ("F32", "F16", "BF16"): wrong.append(f"{name} is {view.get_dtype()}, want F32, F16 or BF16")
+            if name in wanted or (name == "lm_head.weight" and config.tied):
+                ours, _, rows = wanted.get(name, wanted["model.embed_tokens.weight"])
+                shape = [rows, *params[ours].shape[1:]]
+                if view.get_shape() != shape: wrong.append(f"{name} is {view.get_shape()}, want {shape}")
+            elif not name.endswith("rotary_emb.inv_freq"):
+                wrong.append(f"{name} is not part of a {config.family} model")
+    wrong += [f"{name} is missing" for name in wanted if name not in found]
+    if wrong:
+        more = f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        raise ValueError(f"{folder}: the weights do not fit config.json: " + "; ".join(wrong[:20]) + more)
+    model = model.to(dtype).to_empty(device=device)
+    params = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, (ours, row, rows) in wanted.items():
+            tensor = found[name].get_tensor(name)
+            if not torch.isfinite(tensor).all(): wrong.append(f"{name} holds NaN or Inf")
+            params[ours][row:row + rows].copy_(tensor)
+        if config.tied and "lm_head.weight" in found:
+            head, embed = (found[n].get_tensor(n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
+            if not torch.equal(head, embed): wrong.append("tie_word_embeddings is true but lm_head.weight differs from the embedding")
+    if wrong: raise ValueError(f"{folder}: " + "; ".join(wrong[:20]))
+    model.folder = folder
+    return model
+
+
+@torch.no_grad()
+def save(model: Transformer, folder, tokenizer_from=None, dtype=None, shard_bytes=4 << 30) -> Path:
+    """Write a Hugging Face folder: config.json, model.safetensors (or shards and their index), the tokenizer's files of `tokenizer_from`.
+
+    dtype        of the written weights; None keeps the model's
+    shard_bytes  at most this much in a file, and in memory at once beside the model
+    """
+    folder, c = Path(folder), model.config
+    folder.mkdir(parents=True, exist_ok=True)
+    params, dtype = dict(model.named_parameters()), dtype or model.embed.weight.dtype
+    pieces = {name: params[ours][row:row + rows] for name, (ours, row, rows) in hf_tensors(c).items()}
+    size = {name: piece.numel() * dtype.itemsize for name, piece in pieces.items()}
+    shards = [[]]
+    for name in pieces:
+        if shards[-1] and sum(size[n] for n in shards[-1]) + size[name] > shard_bytes: shards.append([])
+        shards[-1].append(name)
+    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)] if len(shards) > 1 else ["model.safetensors"]
+    for file, names in zip(files, shards, strict=True):
+        save_file({n: pieces[n].to(dtype=dtype, device="cpu", copy=True) for n in names}, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    (folder / "config.json").write_text(json.dumps(c.to_hf(dtype), indent=2) + "\n")
+    if tokenizer_from is not None:
+        for name in TOKENIZER_FILES:
+            if (Path(tokenizer_from) / name).is_file(): shutil.copyfile(Path(tokenizer_from) / name, folder / name)
+    return folder
