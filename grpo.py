@@ -1,0 +1,146 @@
+"""GRPO: group advantages, token log-probs that never hold [tokens, V], the clipped surrogate loss.
+
+    advantage   A_i = (r_i - mean(r)) / (std(r) + 1e-6)                          over the G responses of one prompt
+    ratio       rho_t = pi(o_t) / pi_old(o_t)
+    loss        - sum_t min(rho_t A, clip(rho_t, 1 - low, 1 + high) A) / N       N = response tokens of the whole mini-batch
+
+GRPO is arXiv 2402.03300, the token mean and the asymmetric clip arXiv 2503.14476 (DAPO), the dual clip arXiv 1912.09729.
+Nothing here knows which policy the log-probs come from: that of the model, or that of an internal layer (bupo.py).
+
+The loss a run prints is about 0 by construction: advantages are centred and the ratio starts at 1. Its gradient is not. Watch the reward.
+"""
+from dataclasses import dataclass
+
+import torch
+
+from model import project
+
+
+def group_advantages(rewards: torch.Tensor, normalize=True, eps=1e-6) -> torch.Tensor:
+    """Advantages [N,G] of rewards [N,G]: the reward minus its group's mean, over the group's sample standard deviation (G - 1) + eps.
+
+    normalize=False leaves out the division (Dr. GRPO, arXiv 2503.20783: the division weighs very easy and very hard prompts up).
+    A group whose rewards are all equal gets exactly 0: in float32 the mean of seven 0.7 is not 0.7, and eps would not hide it.
+    Raises ValueError for groups of one, which would have no baseline.
+    """
+    if rewards.dim() != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"rewards must be [prompts, group] with groups of at least 2, not {list(rewards.shape)}")
+    adv = rewards - rewards.mean(1, keepdim=True)
+    if normalize: adv = adv / (rewards.std(1, keepdim=True) + eps)
+    return adv.masked_fill((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Logits of one chunk at a time, forward and again backward: peak memory is a chunk, not [M,V], for a third more head FLOPs."""
+
+    @staticmethod
+    def forward(ctx, h, E, targets, temperature, n_vocab, chunk):
+        logp, entropy, lse = (torch.empty(len(h), device=h.device) for _ in range(3))
+        for i in range(0, len(h), chunk):
+            part = slice(i, i + chunk)
+            z = project(h[part], E[:n_vocab]).div_(temperature)                      # [chunk, V] float32
+            lse[part] = z.logsumexp(-1)
+            logp[part] = z.gather(1, targets[part, None])[:, 0] - lse[part]
+            z.sub_(lse[part, None])                                                  # log p
+            entropy[part] = -(z.exp() * z).sum(-1)
+        ctx.save_for_backward(h, E, targets, lse)
+        ctx.rest = temperature, n_vocab, chunk
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        h, E, targets, lse = ctx.saved_tensors
+        temperature, n_vocab, chunk = ctx.rest
+        dh = torch.empty_like(h)
+        dE = torch.zeros_like(E, dtype=torch.float32)
+        for i in range(0, len(h), chunk):
+            part = slice(i, i + chunk)
+            dz = project(h[part], E[:n_vocab]).div_(temperature).sub_(lse[part, None]).exp_().neg_()    # - softmax
+            dz.scatter_add_(1, targets[part, None], torch.ones_like(dz[:, :1]))                         # + one-hot
+            dz.mul_(grad[part, None] / temperature)
+            with torch.autocast(h.device.type, enabled=False):
+                dh[part] = (dz.to(E.dtype) @ E[:n_vocab]).to(h.dtype)
+                dE[:n_vocab].addmm_(dz.t(), h[part].float())
+        return dh, dE.to(E.dtype), None, None, None, None
+
+
+def token_logprobs(h, unembedding, targets, temperature=1.0, n_vocab=None, chunk=1024):
+    """log softmax(h E_u^T / T)[target] and the entropy of that softmax, without ever holding [M,V].
+
+    h            [M,D] states at the positions that produced the targets, selected (and at layer L normed) by the caller
+    unembedding  [V,D]
+    targets      [M] token ids
+    temperature  divides the logits, as in sampling
+    n_vocab      rows from here on belong to no token and are left out of the softmax, as in sampling; None keeps all V
+    chunk        rows of logits held at once: chunk * V * 4 bytes
+    returns      (logprobs [M], entropy [M]), float32, in nats; the entropy carries no gradient
+    """
+    return _TokenLogprobs.apply(h, unembedding, targets, temperature, n_vocab or len(unembedding), chunk)
+
+
+def policy_loss(logprobs, old_logprobs, advantages, clip_low=0.2, clip_high=0.2, dual_clip=10.0):
+    """The clipped surrogate, one value a token (a loss: minimise it): -min(rho A, clip(rho, 1 - low, 1 + high) A).
+
+    logprobs, old_logprobs, advantages   [M], the advantage of a token being that of its response
+    dual_clip    for A < 0 the loss is also at most dual_clip * |A|: no token whose ratio exploded owns the step; None: off
+    returns      (loss [M], low [M], high [M]): low and high mark the tokens the clip has silenced below and above
+    The log-ratio is held within +-20, so that exp never overflows.
+    """
+    ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()
+    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = torch.maximum(plain, clipped)
+    if dual_clip is not None:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
+    silenced = clipped > plain
+    return loss, silenced & (advantages < 0), silenced & (advantages > 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# batches
+
+@dataclass
+class Response:
+    """One sampled response and all that belongs to it, in one record, so that no reward ever meets another prompt's tokens."""
+    prompt: list[int]              # token ids
+    ids: list[int]                 # response token ids as sampled, the stop token included: it is trained like any other
+    sampler_logprobs: list[float]  # of the model's own policy, when sampled
+    advantage: float = 0.0
+    old_logprobs: torch.Tensor | None = None   # [len(ids)], of the policy that is trained, before the step's first update
+
+
+@dataclass
+class Batch:
+    """Right-padded responses. `at` picks, from the flat [B*T], the positions whose policy produced the response tokens, in order."""
+    ids: torch.Tensor         # [B,T]; what stands right of a response is never looked at
+    at: torch.Tensor          # [M] flat positions: a response token sits one to the right of the state that produced it
+    targets: torch.Tensor     # [M] the response tokens
+    advantages: torch.Tensor  # [M]
+    lengths: list[int]        # response tokens of each row, sum = M
+
+
+def collate(responses: list[Response], device="cpu") -> Batch:
+    """Pad responses to one Batch. Positions come from lengths, never from comparing ids, so a stop or pad id in the text is harmless."""
+    T = max(len(r.prompt) + len(r.ids) for r in responses)
+    ids = torch.zeros(len(responses), T, dtype=torch.long)
+    at = []
+    for row, r in enumerate(responses):
+        whole = r.prompt + r.ids
+        ids[row, :len(whole)] = torch.tensor(whole)
+        start = row * T + len(r.prompt) - 1
+        at.append(torch.arange(start, start + len(r.ids)))
+    at, lengths = torch.cat(at), [len(r.ids) for r in responses]
+    advantages = torch.tensor([r.advantage for r in responses]).repeat_interleave(torch.tensor(lengths))
+    return Batch(*(t.to(device) for t in (ids, at, ids.flatten()[at + 1], advantages)), lengths)
+
+
+def micro_batches(responses: list[Response], max_tokens: int) -> list[list[Response]]:
+    """Cut responses into lists whose padded size (rows x longest) is at most max_tokens, longest first, so that padding is small and
+    an out-of-memory shows at the first one. A response longer than max_tokens gets a list of its own."""
+    out, longest = [], 0
+    for r in sorted(responses, key=lambda r: -(len(r.prompt) + len(r.ids))):
+        if not out or (len(out[-1]) + 1) * longest > max_tokens:
+            out.append([])
+            longest = len(r.prompt) + len(r.ids)
+        out[-1].append(r)
+    return out

@@ -1,0 +1,180 @@
+"""The phase schedule, and the identities of the internal policy's gradient."""
+import copy
+
+import pytest
+import torch
+
+from bupo import Schedule, backward, policy_logprobs, set_old_logprobs
+from grpo import Response, collate, group_advantages, policy_loss
+from model import Config, Transformer
+
+L, END = 4, 3
+CONFIG = Config("qwen3", vocab_size=50, d_model=32, n_layers=L, n_heads=4, n_kv_heads=2, head_dim=8, d_mlp=48, tied=True)
+
+
+@pytest.fixture
+def model():
+    return Transformer(CONFIG).init_weights(0, std=0.2)
+
+
+@pytest.fixture
+def responses():
+    """Four groups of four with mixed rewards, ragged prompts and lengths."""
+    g = torch.Generator().manual_seed(1)
+    out = []
+    for advantages in group_advantages(torch.randint(0, 2, (4, 4), generator=g).float() + torch.tensor([1.0, 0, 0, 0])).tolist():
+        prompt = torch.randint(4, 50, (int(torch.randint(1, 7, (1,), generator=g)),), generator=g).tolist()
+        for a in advantages:
+            n = int(torch.randint(0, 12, (1,), generator=g))
+            ids = [*torch.randint(4, 50, (n,), generator=g).tolist(), END]
+            out.append(Response(prompt, ids, [0.0] * len(ids), a))
+    return out
+
+
+def grads(model, responses, layer=L, max_tokens=10**6, **kw):
+    model.zero_grad()
+    backward(model, responses, layer, max_tokens, **kw)
+    return {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+
+
+def close(a, b, rel=1e-6):
+    return all((x is None) == (b[n] is None) and (x is None or (x - b[n]).norm() <= rel * b[n].norm() + 1e-12) for n, x in a.items())
+
+
+# -- schedule
+
+def test_schedule():
+    s = Schedule.parse("6,26", "20,10", 36)
+    assert [s.layer_at(t) for t in (1, 20, 21, 30, 31, 10**6)] == [6, 6, 26, 26, 36, 36]
+    assert str(s) == "bupo layer 6 for 20 steps, then bupo layer 26 for 10 steps, then grpo"
+    for layers in ("", "36"): assert Schedule.parse(layers, "30", 36).layer_at(1) == 36
+    assert Schedule.parse("6", "0", 36).layer_at(1) == 36
+
+
+@pytest.mark.parametrize("layers, steps, says", [("37", "30", "layers 1 to 36"), ("0", "30", "layers 1 to 36"), ("-1", "3", "layers 1 to 36"),
+                                                 ("x", "30", "whole numbers"), ("6", "1.5", "whole numbers"), ("26,6", "1,1", "must rise"),
+                                                 ("6,26", "20", "2 BuPO layers"), ("6", "-2", "negative")])
+def test_schedule_refuses_in_one_line(layers, steps, says):
+    with pytest.raises(ValueError, match=says) as e: Schedule.parse(layers, steps, 36)
+    assert "\n" not in str(e.value)
+
+
+# -- identities
+
+@pytest.mark.parametrize("layer", [1, 2, L])
+@pytest.mark.parametrize("tied", [True, False])
+def test_internal_policy_equals_its_definition(layer, tied, responses):
+    """log softmax(H^l E_u^T / T) from the residual stream in float64, no norm below L."""
+    config = copy.copy(CONFIG)
+    config.tied = tied
+    model = Transformer(config).init_weights(0, std=0.2)
+    batch = collate(responses)
+    logprobs, entropy = policy_logprobs(model, batch, layer, temperature=0.7, chunk=5)
+    wide = copy.deepcopy(model).double()
+    h = wide.residuals(batch.ids).resid_post[layer - 1]
+    z = (wide.norm(h) if layer == L else h) @ wide.unembedding.T / 0.7
+    lp = z.log_softmax(-1).flatten(0, 1)[batch.at]
+    assert (logprobs - lp.gather(1, batch.targets[:, None])[:, 0]).abs().max() < 1e-5
+    assert (entropy + (lp.exp() * lp).sum(-1)).abs().max() < 1e-5
+    if layer < L: assert (policy_logprobs(model, batch, layer, 0.7, norm="final")[0] - logprobs).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("layer", [1, 2, L])
+def test_gradient_equals_the_naive_loss(model, responses, layer):
+    """The whole mini-batch at once, full logits, autograd: the same gradient as micro-batches of recomputed chunks."""
+    set_old_logprobs(model, responses, layer, 64)
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    ours = grads(model, responses, layer, max_tokens=40, chunk=3)
+    batch = collate(responses)
+    h = model(batch.ids, until=layer)
+    lp = model.unembed(h, layer).log_softmax(-1).flatten(0, 1)[batch.at].gather(1, batch.targets[:, None])[:, 0]
+    loss, low, high = policy_loss(lp, torch.cat([r.old_logprobs for r in responses]), batch.advantages)
+    assert low.any() and high.any()              # the weights have moved far enough for both clips to matter
+    model.zero_grad()
+    (loss.sum() / len(batch.at)).backward()
+    assert close(ours, {n: p.grad for n, p in model.named_parameters()}, rel=1e-5)      # two float32 computations in different orders
+
+
+def test_blocks_above_the_layer_are_left_alone(model, responses):
+    """Gradient None, not zero: AdamW, with decay and with old moments, does not touch blocks above l, nor the final norm."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    grads(model, responses)                      # one whole-model step, so that moments exist
+    optimizer.step()
+    before = copy.deepcopy(model.state_dict())
+    moments = {n: {k: v.clone() for k, v in optimizer.state[p].items()} for n, p in model.named_parameters()}
+    g = grads(model, responses, layer=2)
+    optimizer.step()
+    above = [n for n in g if n.startswith(("blocks.2.", "blocks.3.", "norm."))]
+    assert len(above) > 10
+    for n, p in model.named_parameters():
+        same = torch.equal(p, before[n]) and all(torch.equal(v, moments[n][k]) for k, v in optimizer.state[p].items())
+        assert (g[n] is None) == same == (n in above), n
+
+
+def test_bupo_at_layer_L_is_grpo_bit_for_bit(model, responses):
+    """--bupo-layer L takes no other path: loss, gradients and weights after a step are those of plain GRPO."""
+    results = []
+    for layers in ("", str(L)):
+        m = copy.deepcopy(model)
+        rs = copy.deepcopy(responses)
+        layer = Schedule.parse(layers, "30", L).layer_at(1)
+        optimizer = torch.optim.AdamW(m.parameters(), lr=1e-3)
+        set_old_logprobs(m, rs, layer, 64)
+        seen = backward(m, rs, layer, 64)
+        g = [p.grad.clone() for p in m.parameters()]
+        optimizer.step()
+        results.append((seen["loss"], g, list(m.parameters())))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(a, b) for k in (1, 2) for a, b in zip(results[0][k], results[1][k], strict=True))
+
+
+@pytest.mark.parametrize("layer", [2, L])
+def test_gradient_does_not_depend_on_split_or_order(model, responses, layer):
+    whole = grads(model, responses, layer)
+    assert any(g is not None and g.norm() > 1e-3 for g in whole.values())
+    for max_tokens in (1, 17, 60, 150): assert close(grads(model, responses, layer, max_tokens), whole)
+    order = torch.randperm(len(responses), generator=torch.Generator().manual_seed(3)).tolist()
+    assert close(grads(model, [responses[i] for i in order], layer, 60), whole)
+
+
+def test_long_and_short_weigh_the_same_by_token(model):
+    """Token mean over the mini-batch: the loss is the mean over all tokens, not the mean of the responses' means."""
+    short, long = Response([5], [6] * 2, [0.0] * 2, 1.0), Response([5], [7] * 20, [0.0] * 20, -1.0)
+    assert backward(model, [short, long], L, 10)["loss"] == pytest.approx((-2 + 20) / 22, abs=1e-6)
+
+
+def test_equal_rewards_change_no_weight(model, responses):
+    for r in responses: r.advantage = 0.0
+    assert all(g is None or not g.any() for g in grads(model, responses).values())
+
+
+def test_the_stop_token_is_trained(model):
+    """The gradient pushes the stop token's log-prob up when the response was good: the loss includes it, whatever its id."""
+    r = Response([5, END, 6], [7, END], [0.0, 0.0], 1.0)
+    before = policy_logprobs(model, collate([r]), L)[0][-1].item()
+    grads(model, [r])
+    with torch.no_grad():
+        for p in model.parameters(): p -= 0.01 * p.grad
+    assert policy_logprobs(model, collate([r]), L)[0][-1].item() > before
+    # and only response tokens are: changing the prompt's targets is changing nothing in the loss
+    assert collate([r]).targets.tolist() == [7, END]
+
+
+def test_ids_beyond_the_vocabulary_have_no_probability(model, responses):
+    batch = collate(responses)
+    masked, _ = policy_logprobs(model, batch, L, n_vocab=50)
+    with torch.no_grad(): model.embed.weight[48:] += 1.0     # rows that no token uses must not matter
+    for r in responses: r.ids = [min(i, 47) for i in r.ids]
+    batch = collate(responses)
+    used, _ = policy_logprobs(model, batch, L, n_vocab=48)
+    with torch.no_grad(): model.embed.weight[48:] *= -3.0
+    changed = policy_logprobs(model, batch, L, n_vocab=48)[0]
+    assert torch.equal(used, changed) and not torch.equal(used, policy_logprobs(model, batch, L)[0]) and masked.isfinite().all()
+
+
+def test_empty_responses_and_rows(model):
+    """A response of no tokens (a limit of zero) adds nothing and divides by nothing."""
+    some = Response([5], [6, 7], [0.0, 0.0], 1.0)
+    alone = grads(model, [some])
+    assert close(grads(model, [some, Response([9], [], [], -1.0)]), alone)

@@ -1,0 +1,110 @@
+"""Advantages, token log-probs and the clipped loss, against hand-computed tables and float64."""
+import pytest
+import torch
+
+from grpo import Response, collate, group_advantages, micro_batches, policy_loss, token_logprobs
+
+
+def test_advantages_by_hand():
+    r = torch.tensor([[1.0] + [0.0] * 7])
+    assert group_advantages(r)[0, 0].item() == pytest.approx(2.4749, abs=1e-4)      # sample deviation; the population's gives 2.6458
+    assert group_advantages(r)[0, 1].item() == pytest.approx(-0.3536, abs=1e-4)
+    assert group_advantages(r, normalize=False)[0, 0].item() == pytest.approx(0.875)
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 0.3, 0.7, 1 / 3])
+@pytest.mark.parametrize("G", [2, 5, 7, 8])
+def test_equal_rewards_give_exactly_zero(reward, G):
+    assert (group_advantages(torch.full((3, G), reward)) == 0).all()
+
+
+def test_advantages_follow_their_rows():
+    r = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(6)
+    assert torch.equal(group_advantages(r)[order], group_advantages(r[order]))
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1)])
+def test_a_group_of_one_is_refused(shape):
+    with pytest.raises(ValueError, match="groups of at least 2"):
+        group_advantages(torch.ones(shape))
+
+
+def naive(h, E, targets, T, n_vocab):
+    z = (h @ E.T)[:, :n_vocab] / T
+    lp = z.log_softmax(-1)
+    return lp.gather(1, targets[:, None])[:, 0], -(lp.exp() * lp).sum(-1)
+
+
+@pytest.mark.parametrize("T", [1.0, 0.6])
+@pytest.mark.parametrize("n_vocab", [None, 90])
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_token_logprobs_against_float64(T, n_vocab, chunk):
+    g = torch.Generator().manual_seed(1)
+    h, E = torch.randn(23, 16, generator=g), torch.randn(97, 16, generator=g)
+    targets, weight = torch.randint(0, 90, (23,), generator=g), torch.randn(23, generator=g)
+    ours, theirs = [x.clone().requires_grad_() for x in (h, E)], [x.double().requires_grad_() for x in (h, E)]
+    lp, entropy = token_logprobs(*ours, targets, T, n_vocab, chunk)
+    lp64, entropy64 = naive(*theirs, targets, T, n_vocab)
+    assert (lp - lp64).abs().max() < 1e-5 and (entropy - entropy64).abs().max() < 1e-5
+    assert not entropy.requires_grad
+    (lp * weight).sum().backward()
+    (lp64 * weight).sum().backward()
+    for a, b in zip(ours, theirs, strict=True):
+        assert ((a.grad - b.grad).norm() / b.grad.norm()).item() < 1e-6
+
+
+def test_entropy_of_uniform_and_of_certain():
+    E = torch.eye(10)
+    _, flat = token_logprobs(torch.zeros(1, 10), E, torch.tensor([3]))
+    _, sharp = token_logprobs(100 * torch.eye(10)[:1], E, torch.tensor([0]))
+    assert flat.item() == pytest.approx(torch.tensor(10.0).log().item(), abs=1e-6) and sharp.item() == pytest.approx(0, abs=1e-6)
+
+
+# d loss / d log pi at a ratio, for A = +1 and A = -1: the surrogate pushes until the ratio has left the trust region on the good side
+@pytest.mark.parametrize("A, ratio, slope", [(1, 0.5, -0.5), (1, 1.0, -1.0), (1, 1.5, 0.0), (-1, 0.5, 0.0), (-1, 1.0, 1.0), (-1, 1.5, 1.5)])
+def test_sign_of_the_clipped_loss_in_all_six_cells(A, ratio, slope):
+    logp = torch.tensor([ratio]).log().requires_grad_()
+    loss, low, high = policy_loss(logp, torch.zeros(1), torch.tensor([float(A)]))
+    loss.sum().backward()
+    assert logp.grad.item() == pytest.approx(slope, abs=1e-6)
+    assert (low.item(), high.item()) == (A < 0 and slope == 0, A > 0 and slope == 0)
+
+
+def test_asymmetric_clip_and_dual_clip():
+    old, up, down = torch.zeros(1), torch.tensor([1.0]), torch.tensor([-1.0])
+    assert policy_loss(torch.tensor([1.25]).log(), old, up, clip_high=0.28)[0].item() == pytest.approx(-1.25)
+    assert policy_loss(torch.tensor([1.25]).log(), old, up, clip_high=0.2)[0].item() == pytest.approx(-1.2)
+    exploded = torch.tensor([50.0]).log().requires_grad_()
+    loss, *_ = policy_loss(exploded, old, down, dual_clip=10)
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(10) and exploded.grad.item() == 0
+    assert policy_loss(exploded.detach(), old, down, dual_clip=None)[0].item() == pytest.approx(50)
+
+
+@pytest.mark.parametrize("gap", [1000.0, -1000.0])
+@pytest.mark.parametrize("A", [1.0, -1.0])
+def test_a_huge_log_ratio_stays_finite(gap, A):
+    logp = torch.tensor([gap], requires_grad=True)
+    loss, *_ = policy_loss(logp, torch.zeros(1), torch.tensor([A]))
+    loss.sum().backward()
+    assert loss.isfinite().all() and logp.grad.isfinite().all()
+
+
+def test_collate_positions_by_hand():
+    batch = collate([Response([5, 6, 7], [8, 9], [], 1.0), Response([1], [2, 3, 2], [], -1.0)])
+    assert batch.ids.tolist() == [[5, 6, 7, 8, 9], [1, 2, 3, 2, 0]]
+    assert batch.at.tolist() == [2, 3, 5, 6, 7]                 # the state before each response token, in the flattened batch
+    assert batch.targets.tolist() == [8, 9, 2, 3, 2]
+    assert batch.advantages.tolist() == [1, 1, -1, -1, -1] and batch.lengths == [2, 3]
+
+
+def test_micro_batches_keep_all_within_the_budget():
+    g = torch.Generator().manual_seed(2)
+    rs = [Response([1] * int(p), [2] * int(n), []) for p, n in torch.randint(1, 30, (40, 2), generator=g)]
+    parts = micro_batches(rs, 100)
+    assert sorted(map(id, rs)) == sorted(id(r) for part in parts for r in part)
+    for part in parts:
+        longest = max(len(r.prompt) + len(r.ids) for r in part)
+        assert len(part) * longest <= 100 and longest == len(part[0].prompt) + len(part[0].ids)
+    assert [len(part) for part in micro_batches(rs, 1)] == [1] * 40          # longer than the budget: alone, never cut
