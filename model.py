@@ -106,7 +106,7 @@ class Config:
         if not isinstance(raw, dict):
             raise ValueError("config.json: not a JSON object")
         family = raw.get("model_type")
-        if family not in FAMILIES:
+        if not isinstance(family, str) or family not in FAMILIES:
             raise ValueError(f"config.json: model_type {family!r:.40} is not supported; this code reads {', '.join(FAMILIES)}")
         D, H = integer("hidden_size", most=65536), integer("num_attention_heads", most=1024)
         K = integer("num_key_value_heads", H, most=1024)
@@ -118,23 +118,28 @@ class Config:
         if not isinstance(rope, dict):
             wrong.append(f"rope settings {rope!r:.40} are not an object")
             rope = {}
+        if any(isinstance(v, dict) for v in rope.values()): wrong.append("rope settings per layer type")
         kind, scaling = rope.get("rope_type", rope.get("type", "default")), None
         if kind == "llama3":
             keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
             scaling = {key: number(rope, key, None) for key in keys}
+            if not wrong and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+                wrong.append("low_freq_factor is not below high_freq_factor")
         elif kind != "default": wrong.append(f"rope type {kind!r:.40} (supported: default, llama3)")
         theta = number(rope if "rope_theta" in rope else raw, "rope_theta", 10000.0)
 
         if raw.get("hidden_act", "silu") != "silu": wrong.append(f"hidden_act={raw['hidden_act']!r:.40} (supported: silu)")
         if raw.get("attention_bias"): wrong.append("attention_bias=true")
         if raw.get("mlp_bias"): wrong.append("mlp_bias=true")
-        if raw.get("partial_rotary_factor", 1) != 1: wrong.append("partial_rotary_factor")
+        if any(r.get("partial_rotary_factor", 1) != 1 for r in (raw, rope)): wrong.append("partial_rotary_factor")
         if raw.get("quantization_config"): wrong.append("quantization_config (load an unquantised checkpoint)")
-        sliding = raw.get("sliding_window") is not None and raw.get("use_sliding_window", family == "mistral")
-        if sliding: wrong.append(f"sliding_window={raw['sliding_window']!r:.40}")
+        window = raw.get("sliding_window", 4096 if family == "mistral" else None)   # left out, mistral means a window of 4096
+        if window is not None and (family == "mistral" or raw.get("use_sliding_window")): wrong.append(f"sliding_window={window!r:.40}")
+        tied = raw.get("tie_word_embeddings", False)
+        if not isinstance(tied, bool): wrong.append(f"tie_word_embeddings={tied!r:.40} (want true or false)")
         config = cls(family, integer("vocab_size"), D, integer("num_hidden_layers", most=1000), H, K, E,
-                     integer("intermediate_size", most=10**6), number(raw, "rms_norm_eps", 1e-6), theta, scaling, bool(raw.get("tie_word_embeddings", False)),
-                     integer("max_position_embeddings", 2048, most=10**8), dict(raw))
+                     integer("intermediate_size", most=10**6), number(raw, "rms_norm_eps", 1e-6), theta, scaling,
+                     tied, integer("max_position_embeddings", 2048, most=10**8), dict(raw))
         if wrong:
             raise ValueError("config.json: not supported: " + "; ".join(wrong))
         return config
@@ -197,8 +202,8 @@ def causal(layer, q, k, v):
 
     Right padding needs no mask: no real token looks to its right.
     """
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+    q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[-3] != k.shape[-3]).transpose(-3, -2)
 
 
 class Block(nn.Module):
@@ -308,7 +313,7 @@ class Transformer(nn.Module):
 def project(h, unembedding):
     """h [..., D] times E_u^T [D, V] as float32 [..., V]: logits are never rounded to bfloat16, where a step near 20 is 0.125."""
     with torch.autocast(h.device.type, enabled=False):
-        if h.is_cuda and unembedding.dtype in (torch.bfloat16, torch.float16):
+        if h.is_cuda and unembedding.dtype in (torch.bfloat16, torch.float16) and not torch.is_grad_enabled():   # out_dtype has no backward
             return torch.mm(h.to(unembedding.dtype).flatten(0, -2), unembedding.t(), out_dtype=torch.float32).unflatten(0, h.shape[:-1])
         return F.linear(h.float(), unembedding.float())
 
@@ -350,7 +355,7 @@ def resolve(name_or_folder) -> Path:
         raise FileNotFoundError(f"{name}: no such folder, and no preset of that name; presets: {', '.join(HUB)}")
     from huggingface_hub import constants, snapshot_download
     try:
-        return Path(snapshot_download(repo, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]))
+        return Path(snapshot_download(repo, allow_patterns=["config.json", "model*.safetensors*", *TOKENIZER_FILES]))
     except Exception as e:   # the hub library raises a dozen kinds, all of which mean: it is not here and could not be fetched
         why = str(e).strip().splitlines()[0][:120] if str(e).strip() else type(e).__name__
         raise FileNotFoundError(
@@ -426,8 +431,10 @@ def load(name_or_folder, dtype=torch.float32, device="cpu") -> Transformer:
     with torch.no_grad():
         for name, (ours, row, rows) in wanted.items():
             tensor = found[name].get_tensor(name)
-            if not torch.isfinite(tensor).all(): wrong.append(f"{name} holds NaN or Inf")
+            # the extremes carry every NaN and Inf, and unlike isfinite() take no memory beside the tensor
+            if not all(x.isfinite() for x in tensor.aminmax()): wrong.append(f"{name} holds NaN or Inf")
             params[ours][row:row + rows].copy_(tensor)
+            del tensor   # before the next is fetched
         if config.tied and "lm_head.weight" in found:
             head, embed = (found[n].get_tensor(n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
             if not torch.equal(head, embed): wrong.append("tie_word_embeddings is true but lm_head.weight differs from the embedding")
@@ -452,15 +459,20 @@ def save(model: Transformer, folder, tokenizer_from=None, dtype=None, shard_byte
     for name in pieces:
         if shards[-1] and sum(size[n] for n in shards[-1]) + size[name] > shard_bytes: shards.append([])
         shards[-1].append(name)
-    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)] if len(shards) > 1 else ["model.safetensors"]
+    n = len(shards)
+    files = [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)] if n > 1 else ["model.safetensors"]
     for file, names in zip(files, shards, strict=True):
         save_file({n: pieces[n].to(dtype=dtype, device="cpu", copy=True) for n in names}, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        files.append("model.safetensors.index.json")
+        (folder / files[-1]).write_text(json.dumps(index, indent=1))
+    for old in folder.glob("model*.safetensors*"):   # weights of an earlier save, split otherwise, would be read in place of these
+        if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", old.name) and old.name not in files: old.unlink()
     (folder / "config.json").write_text(json.dumps(c.to_hf(dtype), indent=2) + "\n")
     if tokenizer_from is not None:
         for name in TOKENIZER_FILES:
-            if (Path(tokenizer_from) / name).is_file(): shutil.copyfile(Path(tokenizer_from) / name, folder / name)
+            source = Path(tokenizer_from) / name
+            if source.is_file() and source.resolve() != (folder / name).resolve(): shutil.copyfile(source, folder / name)
     return folder
