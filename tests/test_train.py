@@ -1,0 +1,225 @@
+"""The loop on a small random model whose reward is a coin tossed by its response: files, resume, phases, refusals."""
+import json
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import eval as evaluation
+import tiny
+import train
+from eval import guarded
+from model import Config, Transformer, load, save
+from verify import Verdict
+
+ROOT = Path(train.__file__).parent
+CONFIG = Config("qwen3", 260, 16, 3, 2, 1, 8, 32, tied=True, max_len=256)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save(Transformer(CONFIG).init_weights(0, 0.3), folder)
+    tiny.write_tokenizer(folder)
+    (folder / "problems.jsonl").write_text("".join(json.dumps({"problem": f"{i}+1", "answer": str(i + 1)}) + "\n" for i in range(10)))
+    return folder
+
+
+def coin(text, gold, verifier):
+    """A random model never answers right: reward half of all texts instead, by a hash, so that there is something to learn."""
+    return Verdict(zlib.crc32(text.encode()) % 2 == 0, text, "equal: coin")
+
+
+@pytest.fixture(autouse=True)
+def reward_by_coin(monkeypatch): monkeypatch.setattr(evaluation, "judge", coin)
+
+
+def flags(folder, out, *more, **change):
+    f = {"model": folder, "data": folder / "problems.jsonl", "eval-data": folder / "problems.jsonl", "eval-limit": 6, "out": out,
+         "prompts": 4, "group": 4, "mini-prompts": 2, "steps": 4, "save-every": 1, "keep": 0, "lr": 1e-3, "max-new-tokens": 8,
+         "max-prompt-tokens": 16, "slots": 16, "bupo-layer": 1, "bupo-steps": 2, "system": ""} | change
+    return [*(x for k, v in f.items() for x in (f"--{k}", str(v))), *more]
+
+
+def rows(out, name="metrics.jsonl"):
+    """The rows of a log without their timings."""
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in (out / name).read_text().splitlines()]
+
+
+def weights(folder): return load(folder).state_dict()
+
+
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    """One uninterrupted run of four steps, the first two internal."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(evaluation, "judge", coin)
+        train.main(flags(folder, out))
+    return out
+
+
+def test_a_run_writes_what_it_says(finished, folder):
+    r = rows(finished)
+    assert [x["step"] for x in r] == [0, 1, 2, 3, 4] and "eval/accuracy" in r[0] and "eval/accuracy" in r[4]
+    assert [x["inter/layer"] for x in r[1:]] == [1, 1, 3, 3] and [x["phase"] for x in r[1:]] == ["internal"] * 2 + ["whole"] * 2
+    for x in r[1:]:
+        assert x["updates"] == 2 and x["grad_norm"] > 0 and x["num_tokens"] > 0 and 0 < x["entropy"] < torch.tensor(257.0).log()
+        assert x["sampler_diff/max"] < 1e-5 and x["sampler_diff/far"] == 0
+        assert abs(x["loss"]) < 0.5 and x["verdict/equal"] == 16
+    samples = rows(finished, "samples.jsonl")
+    assert len(samples) == 64 and {s["step"] for s in samples} == {1, 2, 3, 4}
+    config = json.loads((finished / "config.json").read_text())
+    assert config["bupo_layer"] == "1" and config["lr"] == 1e-3 and config["torch"] == torch.__version__
+    assert len(config["data_sha256"]) == 64
+    assert (finished / "training.png").stat().st_size > 5000
+    assert sorted(p.name for p in finished.glob("step_*")) == [f"step_{i:06d}" for i in (1, 2, 3, 4)]
+
+
+def test_checkpoints_load_in_transformers(finished):
+    from transformers import AutoModelForCausalLM
+    last, ids = finished / "step_000004", torch.arange(20)[None]
+    theirs, ours = AutoModelForCausalLM.from_pretrained(last), load(last)
+    with torch.no_grad(): assert (theirs(ids).logits - ours.unembed(ours(ids))).abs().max() < 1e-5
+
+
+def test_internal_phase_leaves_the_blocks_above_alone(finished, folder):
+    start, internal, whole = weights(folder), weights(finished / "step_000002"), weights(finished / "step_000003")
+    above = [k for k in start if k.startswith(("blocks.1.", "blocks.2.", "norm."))]
+    assert all(torch.equal(start[k], internal[k]) and not torch.equal(internal[k], whole[k]) for k in above)
+    assert not any(torch.equal(start[k], internal[k]) for k in start if k not in above)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_resume_is_bit_exact(finished, folder, tmp_path, stop, monkeypatch):
+    """Cut after the checkpoint of step `stop` (in, at the end of, after the internal phase), the same command ends in the same run."""
+    out, step_once = tmp_path / "cut", train.step_once
+
+    def dying(run, optimizer, step):
+        if step == stop + 1: raise KeyboardInterrupt
+        return step_once(run, optimizer, step)
+    monkeypatch.setattr(train, "step_once", dying)
+    with pytest.raises(SystemExit) as e: guarded(train.main, flags(folder, out))
+    assert e.value.code == 130 and checkpoint.latest(out).name == f"step_{stop:06d}"
+    with open(out / "metrics.jsonl", "a") as f: f.write('{"step": 99, "half a ro')               # what a kill may leave
+    monkeypatch.setattr(train, "step_once", step_once)
+    train.main(flags(folder, out))
+    assert rows(out) == rows(finished) and rows(out, "samples.jsonl") == rows(finished, "samples.jsonl")
+    assert same(weights(out / "step_000004"), weights(finished / "step_000004"))
+
+
+def test_same_seed_same_rows_other_seed_other_rows(finished, folder, tmp_path):
+    train.main(flags(folder, tmp_path / "again", steps=2))
+    assert rows(tmp_path / "again")[:2] == rows(finished)[:2]
+    train.main(flags(folder, tmp_path / "other", steps=1, seed=1))
+    assert rows(tmp_path / "other")[1] != rows(finished)[1]
+
+
+def test_micro_batches_and_chunks_change_nothing(finished, folder, tmp_path):
+    train.main(flags(folder, tmp_path / "small", steps=1, **{"micro-tokens": 20, "logit-chunk": 3}))
+    a, b = weights(tmp_path / "small" / "step_000001"), weights(finished / "step_000001")
+    assert all((a[k] - b[k]).abs().max() < 1e-5 for k in a)
+
+
+def test_layer_L_is_plain_grpo_bit_for_bit(folder, tmp_path):
+    for name, layer in (("l", 3), ("none", "")): train.main(flags(folder, tmp_path / name, steps=2, **{"bupo-layer": layer}))
+    assert rows(tmp_path / "l") == rows(tmp_path / "none")
+    assert same(weights(tmp_path / "l" / "step_000002"), weights(tmp_path / "none" / "step_000002"))
+
+
+def test_equal_rewards_make_no_update(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "judge", lambda *a: Verdict(True, "1", "equal: always"))
+    train.main(flags(folder, tmp_path / "r", steps=1))
+    row = rows(tmp_path / "r")[1]
+    assert row["updates"] == 0 and row["grad_norm"] == 0 and row["frac_reward_zero_std"] == 1
+    assert same(weights(tmp_path / "r" / "step_000001"), weights(folder))
+
+
+def test_nan_stops_before_it_spreads(folder, tmp_path, monkeypatch, capsys):
+    import bupo
+    real = bupo.policy_loss
+    monkeypatch.setattr(bupo, "policy_loss", lambda *a, **k: (real(*a, **k)[0] * float("nan"), *real(*a, **k)[1:]))
+    with pytest.raises(SystemExit) as e: guarded(train.main, flags(folder, tmp_path / "r"))
+    assert e.value.code == 5 and "not finite" in capsys.readouterr().err and not list((tmp_path / "r").glob("step_*"))
+
+
+def test_auto_layer(folder, tmp_path, capsys, monkeypatch):
+    """auto measures responses to the first prompts and becomes a number, in the plan and in the run's config."""
+    import decompose
+    seen = []
+    monkeypatch.setattr(decompose, "auto_layer", lambda model, sequences: seen.extend(sequences) or (2, "because"))
+    train.main(flags(folder, tmp_path / "r", steps=1, **{"bupo-layer": "auto"}))
+    assert "--bupo-layer auto: layer 2 (because)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["bupo_layer"] == "2" and rows(tmp_path / "r")[1]["inter/layer"] == 2
+    assert len(seen) == 8 and all(0 < prompt < len(ids) for ids, prompt in seen)
+
+
+def test_dry_run_shows_and_leaves_nothing(folder, tmp_path, capsys):
+    train.main(flags(folder, tmp_path / "r", "--dry-run"))
+    out = capsys.readouterr().out
+    assert "first prompt:\n0+1" in out and "memory, GB: weights" in out and "bupo layer 1 for 2 steps, then grpo" in out
+    assert "hidden_states[1]" in out and not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("more, change, code, says", [
+    ((), {"model": "qwen9-4b"}, 2, "no preset of that name"), ((), {"data": "gone.jsonl"}, (2, 3), "gone.jsonl"),
+    ((), {"bupo-layer": 4}, 2, "layers 1 to 3"), ((), {"group": 1}, 2, "at least 2"), ((), {"max-new-tokens": 1000}, 2, "256 tokens"),
+    ((), {"lr": 0}, 2, "--lr"), ((), {"temperature": 0}, 2, "--temp"), ((), {"format": "xml"}, 2, "format"),
+    (("--dtype", "bfloat16"), {"lr": 1e-6}, 2, "does not train"), ((), {"max-prompt-tokens": 2}, 3, "longer than 2"),
+])
+def test_mistakes_end_in_one_line(folder, tmp_path, capsys, more, change, code, says):
+    with pytest.raises(SystemExit) as e: guarded(train.main, flags(folder, tmp_path / "r", *more, **change))
+    err = capsys.readouterr().err
+    assert e.value.code in (code if isinstance(code, tuple) else (code,)) and says in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("argv", [["--stepz", "3"], ["--steps", "many"], ["--steps", "0"], ["--advantage", "ppo"]])
+def test_unknown_flags_and_values_are_usage_errors(argv, capsys):
+    with pytest.raises(SystemExit) as e: train.parse(argv)
+    assert e.value.code == 2
+
+
+def test_changed_settings_are_refused_on_resume(finished, folder, capsys, tmp_path):
+    with pytest.raises(SystemExit) as e: guarded(train.main, flags(folder, finished, lr=2e-3))
+    assert e.value.code == 2 and "lr" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as e: guarded(train.main, flags(folder, finished, "--fresh"))
+    assert e.value.code == 2 and "--overwrite" in capsys.readouterr().err
+    before = rows(finished)
+    train.main(flags(folder, finished))                                                     # finished: nothing to do, the same last line
+    assert rows(finished) == before and "accuracy" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_fresh_overwrite_starts_anew(folder, tmp_path):
+    out = tmp_path / "r"
+    train.main(flags(folder, out, steps=2))
+    train.main(flags(folder, out, "--fresh", "--overwrite", steps=1, seed=5))
+    assert [r["step"] for r in rows(out)] == [0, 1] and [p.name for p in out.glob("step_*")] == ["step_000001"]
+
+
+def test_memory_plan_counts_what_backward_keeps():
+    """The activation estimate within 15 % of the bytes autograd really saves."""
+    c = Config("llama", 100, 256, 2, 8, 4, 32, 768, tied=True)
+    model = Transformer(c).init_weights(0)
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): h = model(torch.zeros(1, 512, dtype=torch.long))
+    real = sum(t.untyped_storage().nbytes() for ptr, t in kept.items() if ptr not in own) / 1e9
+    args = train.parse(["--max-prompt-tokens", "256", "--max-new-tokens", "256", "--micro-tokens", "512"])
+    assert h.shape == (1, 512, 256) and train.memory_plan(c, args, False)["activations (training)"] == pytest.approx(real, rel=0.15)
+
+
+def test_the_headline_command_without_network_is_one_clear_line(tmp_path):
+    run = subprocess.run([sys.executable, "train.py", "--model", "qwen3-4b", "--bupo-layer", "30"], cwd=ROOT, capture_output=True,
+                         text=True, timeout=120, env={"HF_HUB_OFFLINE": "1", "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"})
+    assert run.returncode == 2 and run.stdout == "" and len(run.stderr.strip().splitlines()) == 1
+    assert all(word in run.stderr for word in ("Qwen/Qwen3-4B", "folder", "hf download", "HF_HOME"))

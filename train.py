@@ -1,0 +1,421 @@
+"""Train a language model with GRPO, or with BuPO: first the policy of an internal layer, then the whole model.
+
+    python train.py                                                         the embedded default: minutes on two CPU cores
+    python train.py --model qwen3-4b --bupo-layer 30                        the real thing, on a GPU
+    python train.py --model qwen3-4b --bupo-layer 6 --bupo-steps 30         the paper's Qwen3-4B
+    python train.py --model FOLDER --data problems.jsonl --dry-run          plan, first prompt and memory, nothing trained
+
+Each step samples a group of responses to each of a few problems from the model's own policy, grades them, and takes a few
+optimizer steps on the clipped surrogate. The printed loss is about 0 by construction; watch the reward.
+
+The run folder holds config.json, metrics.jsonl, samples.jsonl, step_000030/ (a Hugging Face folder plus optimizer state) and figures. The
+same command run again resumes from the newest valid step. Exit codes: 0 done, 2 usage, 3 data, 4 checkpoint, 5 numerics, 6 memory,
+130 interrupted.
+"""
+import argparse
+import json
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import decompose
+import plot
+import tiny
+import tokenizer as tokenizers
+from bupo import Schedule, backward, policy_logprobs, set_old_logprobs
+from data import DataError, batch, fingerprint, load_problems, unverifiable
+from eval import answer, avg_at_k, encode_prompts, guarded, natural, pick_device, short_name
+from grpo import Response, collate, group_advantages
+from model import Config, Transformer, load, resolve
+from rollout import Sampler, fold
+from tokenizer import SYSTEM, Tokenizer
+
+# settings that change the numbers of a run: a resume with other values is refused
+MATHS = ("model", "data_sha256", "bupo_layer", "bupo_steps", "internal_norm", "prompts", "group", "mini_prompts", "clip_low", "clip_high",
+         "dual_clip", "advantage", "lr", "weight_decay", "grad_clip", "temperature", "max_new_tokens", "max_prompt_tokens", "system",
+         "thinking", "format", "verifier", "dtype", "seed")
+
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def flags(title):
+        group = p.add_argument_group(title)
+
+        def add(flag, default, help, **kw):
+            kw.setdefault("type", type(default)) if not isinstance(default, (bool, type(None))) else None
+            shown = "" if default is None or kw.get("action") else f" (default {default})".replace("%", "%%")
+            group.add_argument(flag, default=default, help=help + shown, **kw)
+        return add
+
+    add = flags("model and data")
+    add("--model", "tiny", "tiny, a preset (qwen3-4b), a hub id or a folder")
+    add("--data", "deepmath", "problems: a named set or a .json, .jsonl or .parquet file")
+    add("--eval-data", None, "held-out problems for accuracy before, during and after", type=str)
+    add("--eval-every", 0, "steps between evaluations; 0: only before and after")
+    add("--eval-limit", 256, "held-out problems, one sample each", type=natural)
+    add("--system", SYSTEM, "system prompt")
+    add("--thinking", False, "Qwen3: leave thinking on (the paper turns it off)", action="store_true")
+    add("--format", "auto", "prompt format: auto, chatml, llama3, base")
+    add("--verifier", "nanobupo", "hendrycks is the reference's string equality", choices=("nanobupo", "hendrycks"))
+
+    add = flags("bottom-up policy optimization")
+    add("--bupo-layer", "", "internal layer(s) trained first, from 1, as 6 or 6,26; auto: last layer with dH_mlp > 0; none: plain GRPO")
+    add("--bupo-steps", "30", "steps of each internal phase, as 30 or 20,10")
+    add("--internal-norm", "none", "norm before the unembedding at an internal layer; the paper has none", choices=("none", "final"))
+
+    add = flags("GRPO")
+    add("--steps", 300, "rollout steps", type=natural)
+    add("--prompts", 128, "problems a step", type=natural)
+    add("--group", 8, "responses to each problem, G", type=natural)
+    add("--mini-prompts", 32, "problems an optimizer update: 128 / 32 = 4 updates a step", type=natural)
+    add("--clip-low", 0.2, "clip below 1 - this")
+    add("--clip-high", 0.2, "clip above 1 + this; 0.28 is DAPO's clip-higher")
+    add("--dual-clip", 10.0, "bound of the loss for negative advantages, in |A|; 0: off")
+    add("--advantage", "grpo", "grpo divides by the group's standard deviation, dr_grpo does not", choices=("grpo", "dr_grpo"))
+
+    add = flags("sampling")
+    add("--temperature", 1.0, "divides the logits, in sampling and in training alike")
+    add("--max-new-tokens", None, "response tokens at most (default 7168, for llama 3072)", type=natural)
+    add("--max-prompt-tokens", 1024, "longer prompts are dropped and counted, never cut", type=natural)
+    add("--slots", 64, "responses decoded together; the KV cache is slots x (prompt + response) tokens", type=natural)
+    add("--compile", False, "compile the decode step (pays on a GPU)", action="store_true")
+
+    add = flags("optimization")
+    add("--lr", 1e-6, "AdamW learning rate, constant")
+    add("--weight-decay", 0.01, "AdamW weight decay")
+    add("--grad-clip", 1.0, "norm the gradient is scaled down to")
+    add("--micro-tokens", 16384, "padded tokens of one forward and backward: memory, not maths", type=natural)
+    add("--logit-chunk", 1024, "positions whose logits are held at once: chunk x V x 4 bytes, twice", type=natural)
+    add("--dtype", "float32", "of the weights. float32: 16 bytes a parameter with gradient and moments, and cuda computes in bfloat16; "
+        "bfloat16: 8 bytes, refused at small learning rates, where its weights do not move", choices=("float32", "bfloat16"))
+
+    add = flags("run")
+    add("--out", None, "run folder (default out/MODEL)", type=str)
+    add("--seed", 0, "everything random follows from it")
+    add("--save-every", 30, "steps between checkpoints", type=natural)
+    add("--keep", 2, "newest checkpoints kept; 0: all")
+    add("--log-samples", 16, "responses of each step written to samples.jsonl")
+    add("--device", "auto", "auto, cpu, cuda")
+    add("--dry-run", False, "show plan, first prompt and memory, then stop", action="store_true")
+    add("--fresh", False, "start anew; refuses a folder that holds a run unless --overwrite", action="store_true")
+    add("--overwrite", False, "with --fresh: delete the run that is there", action="store_true")
+    add("--override", False, "resume although settings that change the numbers differ", action="store_true")
+    return p
+
+
+def parse(argv=None):
+    p = parser()
+    if p.parse_known_args(argv)[0].model == "tiny": p.set_defaults(**tiny.DEFAULTS)
+    args = p.parse_args(argv)
+    if args.group < 2: raise ValueError("--group must be at least 2: a group of one has no baseline")
+    for name in ("lr", "temperature", "grad_clip"):
+        if not 0 < getattr(args, name) < float("inf"): raise ValueError(f"--{name.replace('_', '-')} must be a positive number")
+    if args.dtype == "bfloat16" and args.lr < 1e-5:
+        raise ValueError(f"--dtype bfloat16 at --lr {args.lr:g} does not train: about 98 % of the weights round back to where they were; "
+                         "use --dtype float32")
+    args.out = Path(args.out or f"out/{short_name(args.model)}")
+    args.mini_prompts = min(args.mini_prompts, args.prompts)
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# before the first step
+
+@dataclass
+class Run:
+    """What a run works with, opened once."""
+    args: argparse.Namespace
+    model: Transformer
+    tokenizer: Tokenizer
+    sampler: Sampler
+    prompts: list           # (Problem, prompt ids) to train on
+    tests: list             # the same, held out; may be empty
+    dropped: int            # problems whose prompt was too long
+    data_sha256: str
+    schedule: Schedule | None = None
+
+    @property
+    def n_vocab(self):
+        """Ids from here on belong to no token: masked in sampling and in training."""
+        return min(self.tokenizer.n_vocab, self.model.config.vocab_size)
+
+    def autocast(self):
+        """On cuda float32 weights compute in bfloat16; everywhere else the weights' dtype is the dtype."""
+        return torch.autocast("cuda", torch.bfloat16, enabled=self.model.unembedding.is_cuda and self.args.dtype == "float32")
+
+    def respond(self, pairs, n, step, bar=None):
+        """n graded responses to each (problem, prompt ids), drawn with the noise of this step."""
+        a = self.args
+        with self.autocast():
+            return answer(self.sampler, self.tokenizer, pairs, n, a.max_new_tokens, a.temperature, fold(a.seed, step), a.verifier, bar)
+
+    def policy(self):
+        """Keywords of policy_logprobs and of what calls it."""
+        a = self.args
+        return dict(temperature=a.temperature, n_vocab=self.n_vocab, chunk=a.logit_chunk)
+
+
+def open_run(args) -> Run:
+    """Find the model, read the data, load the model: what can be refused is refused before the long part."""
+    # products as small as the embedded default's only lose from a second thread, and one thread makes runs repeat bit for bit
+    if args.model == "tiny": torch.set_num_threads(1)
+    device, folder, tests = pick_device(args.device), None if args.model == "tiny" else resolve(args.model), []
+    problems = tiny.problems(4096, args.seed) if args.data == "tiny" else load_problems(args.data, max_bad=0.01)
+    if args.eval_data == "tiny": tests = tiny.problems(args.eval_limit, 0, held_out=True)
+    elif args.eval_data: tests = load_problems(args.eval_data, limit=args.eval_limit)
+    if len(bad := unverifiable(problems)) > len(problems) // 100:
+        raise DataError(f"{args.data}: {len(bad)} of {len(problems)} gold answers do not verify against themselves "
+                        f"(first: {bad[0].answer!r:.60}); their reward would always be 0")
+    model = load(folder or tiny.warm_up(args.out / "warm-up", args.seed), getattr(torch, args.dtype), device)
+    if args.max_new_tokens is None: args.max_new_tokens = 3072 if model.config.family == "llama" else 7168
+    if args.max_prompt_tokens + args.max_new_tokens > model.config.max_len:
+        raise ValueError(f"--max-prompt-tokens {args.max_prompt_tokens} + --max-new-tokens {args.max_new_tokens} exceed the "
+                         f"{model.config.max_len} tokens this model was made for: lower one of them")
+    tokenizer = tokenizers.load(model.folder, args.format)
+    prompts, dropped = encode_prompts(tokenizer, problems, args.max_prompt_tokens, args.system, args.thinking)
+    if tests: tests = encode_prompts(tokenizer, tests, args.max_prompt_tokens, args.system, args.thinking)[0]
+    sampler = Sampler(model, args.slots, args.max_prompt_tokens + args.max_new_tokens, args.compile)
+    return Run(args, model, tokenizer, sampler, prompts, tests, dropped, fingerprint(problems))
+
+
+def choose_schedule(run) -> Schedule:
+    """--bupo-layer and --bupo-steps; `auto` is the paper's rule, measured on responses to the first prompts."""
+    args = run.args
+    if args.bupo_layer == "auto":
+        groups = run.respond(run.prompts[:8], 1, 0)
+        layer, evidence = decompose.auto_layer(run.model, [(a.prompt + a.sample.ids, len(a.prompt)) for group in groups for a in group])
+        print(f"--bupo-layer auto: layer {layer} ({evidence})")
+        args.bupo_layer = str(layer)
+    return Schedule.parse(args.bupo_layer, args.bupo_steps, run.model.config.n_layers)
+
+
+def memory_plan(config: Config, args, on_cuda: bool) -> dict[str, float]:
+    """Gigabytes a step needs, by part.
+
+    Activations kept for the backward are counted as 6 D + 3 (H + 2K) E + 4 d_mlp values a token and block, an estimate.
+    """
+    c, n, size = config, parameters(config), getattr(torch, args.dtype).itemsize
+    row = args.max_prompt_tokens + args.max_new_tokens
+    tokens, compute = max(args.micro_tokens, row), 2 if on_cuda else size
+    kept = 6 * c.d_model + 3 * (c.n_heads + 2 * c.n_kv_heads) * c.head_dim + 4 * c.d_mlp
+    plan = {"weights": n * size, "gradients": n * size, "AdamW moments": 2 * n * size,
+            "KV cache (sampling)": 2 * c.n_layers * args.slots * row * c.n_kv_heads * c.head_dim * compute,
+            "activations (training)": tokens * c.n_layers * kept * compute,
+            "logit chunks (training)": 2 * min(args.logit_chunk, tokens) * c.vocab_size * 4 + c.vocab_size * c.d_model * 4}
+    return {k: v / 1e9 for k, v in plan.items()}
+
+
+def parameters(c: Config) -> int:
+    """Parameters of a model of this shape."""
+    with torch.device("meta"): return sum(p.numel() for p in Transformer(c).parameters())
+
+
+def show_plan(run):
+    """What will be done, the memory it takes, and the first prompt decoded."""
+    args, c, device = run.args, run.model.config, run.model.unembedding.device
+    print(f"{args.model}: {parameters(c) / 1e6:,.1f} M parameters, {c.n_layers} layers, V = {c.vocab_size:,} ({run.n_vocab:,} used), "
+          f"{args.dtype} on {device}, prompt format {run.tokenizer.format}, stop ids {list(run.tokenizer.stop_ids)}")
+    print(f"{run.schedule}; {args.steps} steps x {args.prompts} problems x {args.group} responses, "
+          f"{-(-args.prompts // args.mini_prompts)} updates a step; {len(run.prompts):,} problems"
+          + (f" ({run.dropped} more dropped: prompt too long)" if run.dropped else ""))
+    for layer, _ in run.schedule.phases:
+        print(f"layer {layer} is hidden_states[{layer}] in transformers and blocks.{layer - 1}.hook_resid_post in TransformerLens")
+    plan = memory_plan(c, args, device.type == "cuda")
+    there = f" of {torch.cuda.get_device_properties(device).total_memory / 1e9:.0f}" if device.type == "cuda" else ""
+    print("memory, GB: " + ", ".join(f"{k} {v:.2f}" for k, v in plan.items()) + f"; together at most {sum(plan.values()):.2f}{there}")
+    print("the loss is 0 by construction (advantages are centred, the ratio starts at 1): watch the reward")
+    print(f"first prompt:\n{run.tokenizer.decode(run.prompts[0][1])}", flush=True)
+
+
+def resume(run, optimizer) -> int:
+    """Load the newest valid checkpoint of the run folder and rewind its logs; returns the step it stands after, 0 for a new run."""
+    args, out = run.args, run.args.out
+    checkpoint.clean(out)
+    settings = {**{k: v if isinstance(v, (int, float, type(None))) else str(v) for k, v in vars(args).items()},
+                "data_sha256": run.data_sha256, "torch": torch.__version__, "python": sys.version.split()[0], "commit": commit()}
+    logs, step = [out / "metrics.jsonl", out / "samples.jsonl"], 0
+    if args.fresh and logs[0].exists():
+        if not args.overwrite:
+            raise ValueError(f"{out} holds a run: add --overwrite to delete it, leave out --fresh to resume it, or name another --out")
+        checkpoint.discard(out)
+    if newest := checkpoint.latest(out):
+        changed = checkpoint.compare(json.loads((out / "config.json").read_text()), settings, MATHS)
+        if changed and not args.override:
+            raise ValueError(f"{out} holds a run with other settings ({'; '.join(changed)}): set them back, name another --out, "
+                             "or add --override")
+        step = checkpoint.load(newest, run.model, optimizer)["step"]
+        print(f"resuming {out} after step {step}", flush=True)
+    for log in logs:
+        if log.exists(): checkpoint.rewind(log, step)
+    (out / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    return step
+
+
+def commit():
+    """Commit of the code, when it runs from a git checkout."""
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, timeout=5)
+        return git.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one step
+
+def update(run, optimizer, responses, layer):
+    """The optimizer updates of one step. Returns sums over tokens, and the gradients' norms before clipping, one an update.
+
+    A mini-batch without any advantage makes no update at all: an optimizer step on zero gradients would still move weights, by decay and
+    by old moments.
+    """
+    args, size = run.args, run.args.mini_prompts * run.args.group
+    clip = dict(clip_low=args.clip_low, clip_high=args.clip_high, dual_clip=args.dual_clip or None)
+    common = dict(max_tokens=args.micro_tokens, norm=args.internal_norm, **run.policy())
+    minis = [responses[i:i + size] for i in range(0, len(responses), size)]
+    if len(minis) > 1: set_old_logprobs(run.model, responses, layer, **common)
+    sums, norms = {}, []
+    for mini in minis:
+        if all(r.advantage == 0 for r in mini): continue
+        seen = backward(run.model, mini, layer, **clip, **common)
+        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.grad_clip)
+        if not torch.isfinite(norm):
+            bad = (n for n, p in run.model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all())
+            raise FloatingPointError(f"the gradient is not finite (first in {next(bad, 'its norm')}): nothing was updated, and the last "
+                                     "checkpoint stands; lower --lr and resume with --override")
+        optimizer.step()
+        optimizer.zero_grad()      # to None, not to zeros: AdamW must not see the blocks above an internal layer
+        norms.append(norm.item())
+        for k, v in seen.items(): sums[k] = sums.get(k, 0) + v
+    return sums, norms
+
+
+@torch.no_grad()
+def compare_with_sampler(run, responses) -> dict:
+    """Entropy of the model's own policy, and its log-probs as the trainer computes them against the sampler's, before the updates.
+
+    On one micro-batch of evenly spaced responses. The cheapest bug detector there is: wrong positions, stale weights and a forgotten
+    temperature all show here at once.
+    """
+    longest = max(len(r.prompt) + len(r.ids) for r in responses)
+    some = responses[::-(-len(responses) * longest // run.args.micro_tokens)]
+    batch = collate(some, run.model.unembedding.device)
+    logprobs, entropy = policy_logprobs(run.model, batch, run.model.config.n_layers, **run.policy())
+    diff = logprobs - torch.tensor([x for r in some for x in r.sampler_logprobs], device=logprobs.device)
+    return {"entropy": entropy.mean().item(), "sampler_diff/mean": diff.abs().mean().item(), "sampler_diff/max": diff.abs().max().item(),
+            "sampler_diff/far": ((diff.exp() - 1).abs() > 0.1).float().mean().item()}
+
+
+def describe(groups, rewards, sums, norms, layer, n_layers):
+    """The row of metrics.jsonl, in TRL's names where it has them."""
+    answered = [a for group in groups for a in group]
+    lengths = torch.tensor([len(a.sample.ids) for a in answered], dtype=torch.float32)
+    ended = torch.tensor([a.sample.stopped for a in answered])
+    row = {"phase": "internal" if layer < n_layers else "whole", "inter/layer": layer, "reward": rewards.mean().item(),
+           "reward_std": rewards.std(1).mean().item(), "frac_reward_zero_std": (rewards == rewards[:, :1]).all(1).float().mean().item(),
+           "completions/mean_length": lengths.mean().item(), "completions/max_length": lengths.max().item(),
+           "completions/clipped_ratio": 1 - ended.float().mean().item(),
+           "completions/mean_terminated_length": lengths[ended].mean().item() if ended.any() else None,
+           "num_tokens": int(lengths.sum()), "updates": len(norms), "grad_norm": sum(norms) / len(norms) if norms else 0.0}
+    if norms:
+        tokens = sums["tokens"]
+        row |= {"loss": sums["loss"] / len(norms), "inter/entropy": sums["entropy"] / tokens,
+                "clip_ratio/low_mean": sums["clip_low"] / tokens, "clip_ratio/high_mean": sums["clip_high"] / tokens}
+    for a in answered:
+        key = "verdict/" + a.verdict.reason.partition(":")[0]
+        row[key] = row.get(key, 0) + 1
+    return row
+
+
+def step_once(run, optimizer, step):
+    """Sample, grade, update. Returns the step's row and its graded responses, a list for each problem."""
+    layer, start = run.schedule.layer_at(step), time.time()
+    groups = run.respond(batch(run.prompts, step, run.args.prompts, run.args.seed), run.args.group, step)
+    rewards = torch.tensor([[float(a.verdict.correct) for a in group] for group in groups])                  # [N,G]
+    advantages = group_advantages(rewards, normalize=run.args.advantage == "grpo").tolist()
+    responses = [Response(a.prompt, a.sample.ids, a.sample.logprobs, advantage)
+                 for group, row in zip(groups, advantages, strict=True) for a, advantage in zip(group, row, strict=True)]
+    sampled = time.time()
+    if run.model.unembedding.is_cuda: run.sampler.stop()      # the KV cache's memory is the trainer's now
+    with run.autocast():
+        seen = compare_with_sampler(run, responses)
+        sums, norms = update(run, optimizer, responses, layer)
+    return {"step": step, **describe(groups, rewards, sums, norms, layer, run.model.config.n_layers), **seen, "lr": run.args.lr,
+            "time/rollout": sampled - start, "time/train": time.time() - sampled}, groups
+
+
+def evaluate(run) -> dict:
+    """Avg@1 on the held-out problems, with the same noise at every step."""
+    start = time.time()
+    groups = run.respond(run.tests, 1, 0, "eval")
+    return {"eval/accuracy": avg_at_k([[a.verdict.correct for a in group] for group in groups]), "eval/questions": len(groups),
+            "time/eval": time.time() - start}
+
+
+def result(rows, schedule):
+    """The last line: accuracy before and after, from the rows of metrics.jsonl alone; None without held-out problems."""
+    scores = [(r["eval/accuracy"], r["eval/questions"]) for r in rows if "eval/accuracy" in r]
+    if len(scores) < 2: return None
+    seconds = sum(v for r in rows for k, v in r.items() if k.startswith("time/"))
+    return f"accuracy {scores[0][0]:.2f} -> {scores[-1][0]:.2f} on {scores[-1][1]} held-out problems in {seconds:.0f} s ({schedule})"
+
+
+def train(run, optimizer, start, setup_seconds):
+    """The loop, from the step after `start` to the last; returns the rows of metrics.jsonl, those of an earlier session included."""
+    args, out = run.args, run.args.out
+    with open(out / "metrics.jsonl", "a+", encoding="utf-8") as metrics, open(out / "samples.jsonl", "a", encoding="utf-8") as samples:
+        metrics.seek(0)
+        rows = [json.loads(line) for line in metrics]
+
+        def log(row):
+            rows.append(row)
+            metrics.write(json.dumps(row) + "\n")
+            metrics.flush()
+
+        if run.tests and not rows:
+            log({"step": 0, **evaluate(run), "time/setup": setup_seconds})
+            print(f"held-out accuracy before training: {rows[0]['eval/accuracy']:.3f}", flush=True)
+        bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, unit="step", disable=not sys.stderr.isatty())
+        for step in bar:
+            row, groups = step_once(run, optimizer, step)
+            if run.tests and (step == args.steps or (args.eval_every and step % args.eval_every == 0)): row |= evaluate(run)
+            if step == start + 1: tqdm.write(f"first response (reward {groups[0][0].verdict.correct:d}):\n{groups[0][0].text}")
+            for a in [a for group in groups for a in group][:args.log_samples]:
+                samples.write(json.dumps(a.row(step=step), ensure_ascii=False) + "\n")
+            samples.flush()
+            log(row)
+            line = (f"reward {row['reward']:.3f}  length {row['completions/mean_length']:.0f}  entropy {row['entropy']:.2f}  "
+                    f"layer {row['inter/layer']}  {row['num_tokens'] / max(row['time/rollout'], 1e-9):,.0f} tok/s"
+                    + (f"  accuracy {row['eval/accuracy']:.3f}" if "eval/accuracy" in row else ""))
+            if bar.disable: print(f"step {step}/{args.steps}  {line}", flush=True)
+            else: bar.set_postfix_str(line)
+            if step % args.save_every == 0 or step == args.steps:
+                checkpoint.save(out, step, run.model, optimizer, {"step": step}, tokenizer_from=run.model.folder, keep=args.keep)
+    return rows
+
+
+def main(argv=None):
+    args, began = parse(argv), time.time()
+    with nullcontext() if args.dry_run else checkpoint.lock(args.out):
+        run = open_run(args)
+        run.schedule = choose_schedule(run)
+        show_plan(run)
+        if args.dry_run: return
+        optimizer = torch.optim.AdamW(run.model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+        start = resume(run, optimizer)
+        rows = train(run, optimizer, start, time.time() - began)
+        plot.training(args.out / "metrics.jsonl", args.out / "training.png")
+    print(f"written: {args.out}/ (metrics.jsonl, samples.jsonl, training.png, checkpoints)")
+    if line := result(rows, run.schedule): print(line)
+
+
+if __name__ == "__main__":
+    guarded(main)
