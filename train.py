@@ -251,7 +251,7 @@ def resume(run, optimizer) -> int:
         if changed and not args.override:
             raise ValueError(f"{out} holds a run with other settings ({'; '.join(changed)}): set them back, name another --out, "
                              "or add --override")
-        step = checkpoint.load(newest, run.model, optimizer)["step"]
+        step = checkpoint.load(newest, run.model, optimizer, verify=False)["step"]     # `latest` has just verified it
         print(f"resuming {out} after step {step}", flush=True)
     for log in logs:
         if log.exists(): checkpoint.rewind(log, step)
