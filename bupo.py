@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from grpo import Batch, collate, micro_batches, policy_loss, token_logprobs
+from grpo import Batch, collate, kl_to_reference, micro_batches, policy_loss, response_weights, token_logprobs
 
 
 @dataclass(frozen=True)
@@ -64,31 +64,43 @@ def policy_logprobs(model, batch: Batch, layer: int, temperature=1.0, n_vocab=No
 
 
 @torch.no_grad()
-def set_old_logprobs(model, responses, layer, max_tokens, **policy):
-    """Store pi^l_old in every response, before the first of several updates on the same responses; `policy` as for policy_logprobs."""
-    device = model.unembedding.device
+def stored_logprobs(model, responses, layer, max_tokens, **policy):
+    """Log-probs of every response under the policy of `layer`, without gradient: a list of [len(ids)]; `policy` as for policy_logprobs."""
+    out = {}
     for micro in micro_batches(responses, max_tokens):
-        logprobs, _ = policy_logprobs(model, collate(micro, device), layer, **policy)
-        for r, lp in zip(micro, logprobs.split([len(r.ids) for r in micro]), strict=True): r.old_logprobs = lp
+        logprobs, _ = policy_logprobs(model, collate(micro, model.unembedding.device), layer, **policy)
+        out |= zip(map(id, micro), logprobs.split([len(r.ids) for r in micro]), strict=True)
+    return [out[id(r)] for r in responses]
 
 
-def backward(model, responses, layer, max_tokens, clip_low=0.2, clip_high=0.2, dual_clip=10.0, **policy):
+def backward(model, responses, layer, max_tokens, clip_low=0.2, clip_high=0.2, dual_clip=10.0, loss="token-mean", limit=None, kl=0.0,
+             tis=None, **policy):
     """Gradient of the clipped loss of one mini-batch, accumulated into .grad, and sums of what it saw.
 
-    The loss is a sum over tokens divided by the mini-batch's token count, counted here before it is split: the gradient does not depend
-    on `max_tokens` (the padded size of a micro-batch) nor on the order of the responses. Where no old log-probs are stored the ratio
-    is 1 and its gradient that of log pi, which is right for the first update on a batch.
+    A token's weight in the loss follows from the whole mini-batch, counted here before it is split: the gradient does not depend on
+    `max_tokens` (the padded size of a micro-batch) nor on the order of the responses. Where no old log-probs are stored the ratio is 1
+    and its gradient that of log pi, which is right for the first update on a batch.
 
-    returns tokens, and sums over them: loss (already divided), entropy, clip_low, clip_high
+    loss, limit  how tokens are weighed: see grpo.response_weights
+    kl           adds kl * k3 against each response's ref_logprobs
+    tis          token-level truncated importance sampling: the surrogate times min(pi_old / pi_sampler, tis), for the numerical distance
+                 between trainer and sampler. At l = L only: below it the two are different policies on purpose
+    returns      tokens, and sums over them: loss (weighted), entropy, clip_low, clip_high, kl
     """
-    n = sum(len(r.ids) for r in responses)
-    total = dict.fromkeys(("loss", "entropy", "clip_low", "clip_high"), 0.0)
-    for micro in micro_batches([r for r in responses if r.ids], max_tokens):
+    responses = [r for r in responses if r.ids]
+    weights = dict(zip(map(id, responses), response_weights([len(r.ids) for r in responses], loss, limit), strict=True))
+    total = dict.fromkeys(("loss", "entropy", "clip_low", "clip_high", "kl"), 0.0)
+    for micro in micro_batches(responses, max_tokens):
         batch = collate(micro, model.unembedding.device)
         logprobs, entropy = policy_logprobs(model, batch, layer, **policy)
         old = logprobs.detach() if micro[0].old_logprobs is None else torch.cat([r.old_logprobs for r in micro])
-        loss, low, high = policy_loss(logprobs, old, batch.advantages, clip_low, clip_high, dual_clip)
-        loss = loss.sum() / n
-        loss.backward()
-        for key, value in zip(total, (loss, entropy, low, high), strict=True): total[key] += value.detach().sum().item()
-    return {"tokens": n, **total}
+        surrogate, low, high = policy_loss(logprobs, old, batch.advantages, clip_low, clip_high, dual_clip)
+        if tis and layer == model.config.n_layers:
+            sampler = torch.tensor([x for r in micro for x in r.sampler_logprobs], device=old.device)
+            surrogate = surrogate * (old - sampler).exp().clamp(max=tis)
+        k3 = kl_to_reference(logprobs, torch.cat([r.ref_logprobs for r in micro])) if kl else torch.zeros_like(logprobs)
+        weight = torch.tensor([weights[id(r)] for r in micro for _ in r.ids], device=logprobs.device)
+        value = ((surrogate + kl * k3) * weight).sum()
+        value.backward()
+        for key, x in zip(total, (value, entropy, low, high, k3), strict=True): total[key] += x.detach().sum().item()
+    return {"tokens": sum(len(r.ids) for r in responses), **total}

@@ -16,18 +16,27 @@ import torch
 from model import project
 
 
-def group_advantages(rewards: torch.Tensor, normalize=True, eps=1e-6) -> torch.Tensor:
-    """Advantages [N,G] of rewards [N,G]: the reward minus its group's mean, over the group's sample standard deviation (G - 1) + eps.
+def group_advantages(rewards: torch.Tensor, kind="grpo", eps=1e-6) -> torch.Tensor:
+    """Advantages [N,G] of rewards [N,G], G responses to each of N problems.
 
-    normalize=False leaves out the division (Dr. GRPO, arXiv 2503.20783: the division weighs very easy and very hard prompts up).
-    A group whose rewards are all equal gets exactly 0: in float32 the mean of seven 0.7 is not 0.7, and eps would not hide it.
+    grpo         (r - mean) / (std + eps) over the group, sample standard deviation            arXiv 2402.03300
+    dr_grpo      r - mean: the division weighs very easy and very hard problems up             arXiv 2503.20783
+    rloo         r - mean of the other G - 1 responses                                         arXiv 2402.14740
+    reinforce++  (r - mean) / (std + eps) over the whole batch                                 arXiv 2501.03262
+    Where all rewards compared are equal the advantage is exactly 0: in float32 the mean of seven 0.7 is not 0.7, and eps would not hide it.
     Raises ValueError for groups of one, which would have no baseline.
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be [prompts, group] with groups of at least 2, not {list(rewards.shape)}")
-    adv = rewards - rewards.mean(1, keepdim=True)
-    if normalize: adv = adv / (rewards.std(1, keepdim=True) + eps)
-    return adv.masked_fill((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0)
+    if kind == "reinforce++": return group_advantages(rewards.reshape(1, -1), "grpo", eps).view_as(rewards)
+    centred, G = rewards - rewards.mean(1, keepdim=True), rewards.shape[1]
+    scale = {"grpo": 1 / (rewards.std(1, keepdim=True) + eps), "dr_grpo": 1.0, "rloo": G / (G - 1)}[kind]
+    return (centred * scale).masked_fill((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0)
+
+
+def overlong_penalty(length: int, limit: int, buffer: int) -> float:
+    """What DAPO (arXiv 2503.14476) adds to the reward of a long response: 0 up to limit - buffer tokens, then down to -1 at the limit."""
+    return min(0.0, max(-1.0, (limit - buffer - length) / buffer))
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -96,6 +105,27 @@ def policy_loss(logprobs, old_logprobs, advantages, clip_low=0.2, clip_high=0.2,
     return loss, silenced & (advantages < 0), silenced & (advantages > 0)
 
 
+def kl_to_reference(logprobs, reference):
+    """The k3 estimate of KL(pi || pi_ref) at sampled tokens, nats: exp(d) - d - 1 with d = log pi_ref - log pi; never negative.
+
+    Schulman's "Approximating KL divergence"; d is held within +-10, so that one token cannot overflow it.
+    """
+    d = (reference - logprobs).clamp(-10, 10)
+    return d.exp() - d - 1
+
+
+def response_weights(lengths: list[int], kind="token-mean", limit=None) -> list[float]:
+    """Weight of each token of each response in the loss of a mini-batch of R responses with these many tokens.
+
+    token-mean  1 / sum(lengths): every token counts the same                                  arXiv 2503.14476 (DAPO)
+    seq-mean    1 / (R length): every response counts the same, tokens of long ones less       arXiv 2402.03300 (GRPO as published)
+    dr_grpo     1 / (R limit), a constant: no length decides what a token counts               arXiv 2503.20783
+    """
+    R = len(lengths)
+    if kind == "token-mean": return [1 / max(sum(lengths), 1)] * R
+    return [1 / (R * (limit if kind == "dr_grpo" else max(n, 1))) for n in lengths]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # batches
 
@@ -107,6 +137,7 @@ class Response:
     sampler_logprobs: list[float]  # of the model's own policy, when sampled
     advantage: float = 0.0
     old_logprobs: torch.Tensor | None = None   # [len(ids)], of the policy that is trained, before the step's first update
+    ref_logprobs: torch.Tensor | None = None   # [len(ids)], of the same layer's policy of the frozen reference, with a KL term only
 
 
 @dataclass

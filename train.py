@@ -13,6 +13,7 @@ same command run again resumes from the newest valid step. Exit codes: 0 done, 2
 130 interrupted.
 """
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -29,18 +30,18 @@ import decompose
 import plot
 import tiny
 import tokenizer as tokenizers
-from bupo import Schedule, backward, policy_logprobs, set_old_logprobs
+from bupo import Schedule, backward, policy_logprobs, stored_logprobs
 from data import DataError, batch, fingerprint, load_problems, unverifiable
 from eval import answer, avg_at_k, encode_prompts, guarded, natural, pick_device, short_name
-from grpo import Response, collate, group_advantages
+from grpo import Response, collate, group_advantages, overlong_penalty
 from model import Config, Transformer, load, resolve
 from rollout import Sampler, fold
 from tokenizer import SYSTEM, Tokenizer
 
 # settings that change the numbers of a run: a resume with other values is refused
 MATHS = ("model", "data_sha256", "bupo_layer", "bupo_steps", "internal_norm", "prompts", "group", "mini_prompts", "clip_low", "clip_high",
-         "dual_clip", "advantage", "lr", "weight_decay", "grad_clip", "temperature", "max_new_tokens", "max_prompt_tokens", "system",
-         "thinking", "format", "verifier", "dtype", "seed")
+         "dual_clip", "advantage", "loss", "kl", "tis", "overlong", "overlong_buffer", "refills", "lr", "weight_decay", "grad_clip",
+         "temperature", "max_new_tokens", "max_prompt_tokens", "system", "thinking", "format", "verifier", "dtype", "seed")
 
 
 def parser():
@@ -79,7 +80,14 @@ def parser():
     add("--clip-low", 0.2, "clip below 1 - this")
     add("--clip-high", 0.2, "clip above 1 + this; 0.28 is DAPO's clip-higher")
     add("--dual-clip", 10.0, "bound of the loss for negative advantages, in |A|; 0: off")
-    add("--advantage", "grpo", "grpo divides by the group's standard deviation, dr_grpo does not", choices=("grpo", "dr_grpo"))
+    add("--advantage", "grpo", "baseline and scale of the rewards", choices=("grpo", "dr_grpo", "rloo", "reinforce++"))
+    add("--loss", "token-mean", "what a token weighs; dr_grpo divides by --max-new-tokens", choices=("token-mean", "seq-mean", "dr_grpo"))
+    add("--kl", 0.0, "coefficient of the k3 KL to the starting model, at the layer trained; holds a second copy of the weights")
+    add("--tis", 0.0, "truncate importance weights pi_old / pi_sampler at this, per token; 0: none")
+    add("--refills", 0, "dynamic sampling: times to replace groups of equal rewards by new problems (DAPO)")
+    add("--overlong", "zero", "responses cut off by the limit: reward 0; mask: out of the loss; soft: also a penalty on length before it",
+        choices=("zero", "mask", "soft"))
+    add("--overlong-buffer", 512, "tokens before the limit over which the soft penalty grows to 1", type=natural)
 
     add = flags("sampling")
     add("--temperature", 1.0, "divides the logits, in sampling and in training alike")
@@ -141,6 +149,7 @@ class Run:
     dropped: int            # problems whose prompt was too long
     data_sha256: str
     schedule: Schedule | None = None
+    reference: Transformer | None = None    # the starting model, with a KL term only
 
     @property
     def n_vocab(self):
@@ -151,11 +160,11 @@ class Run:
         """On cuda float32 weights compute in bfloat16; everywhere else the weights' dtype is the dtype."""
         return torch.autocast("cuda", torch.bfloat16, enabled=self.model.unembedding.is_cuda and self.args.dtype == "float32")
 
-    def respond(self, pairs, n, step, bar=None):
-        """n graded responses to each (problem, prompt ids), drawn with the noise of this step."""
+    def respond(self, pairs, n, *name, bar=None):
+        """n graded responses to each (problem, prompt ids), drawn with the noise of (seed, *name)."""
         a = self.args
         with self.autocast():
-            return answer(self.sampler, self.tokenizer, pairs, n, a.max_new_tokens, a.temperature, fold(a.seed, step), a.verifier, bar)
+            return answer(self.sampler, self.tokenizer, pairs, n, a.max_new_tokens, a.temperature, fold(a.seed, *name), a.verifier, bar)
 
     def policy(self):
         """Keywords of policy_logprobs and of what calls it."""
@@ -271,17 +280,20 @@ def commit():
 # ---------------------------------------------------------------------------------------------------------------------
 # one step
 
-def update(run, optimizer, responses, layer):
-    """The optimizer updates of one step. Returns sums over tokens, and the gradients' norms before clipping, one an update.
+def update(run, optimizer, groups, layer):
+    """The optimizer updates of one step on groups of Responses. Returns sums over tokens, and the gradients' norms before clipping.
 
     A mini-batch without any advantage makes no update at all: an optimizer step on zero gradients would still move weights, by decay and
     by old moments.
     """
-    args, size = run.args, run.args.mini_prompts * run.args.group
+    args, responses = run.args, [r for group in groups for r in group]
     clip = dict(clip_low=args.clip_low, clip_high=args.clip_high, dual_clip=args.dual_clip or None)
+    clip |= dict(loss=args.loss, limit=args.max_new_tokens, kl=args.kl, tis=args.tis or None)
     common = dict(max_tokens=args.micro_tokens, norm=args.internal_norm, **run.policy())
-    minis = [responses[i:i + size] for i in range(0, len(responses), size)]
-    if len(minis) > 1: set_old_logprobs(run.model, responses, layer, **common)
+    minis = [[r for group in groups[i:i + args.mini_prompts] for r in group] for i in range(0, len(groups), args.mini_prompts)]
+    for name, model in (("old_logprobs", run.model if len(minis) > 1 else None), ("ref_logprobs", run.reference)):
+        if model is None: continue
+        for r, logprobs in zip(responses, stored_logprobs(model, responses, layer, **common), strict=True): setattr(r, name, logprobs)
     sums, norms = {}, []
     for mini in minis:
         if all(r.advantage == 0 for r in mini): continue
@@ -305,6 +317,7 @@ def compare_with_sampler(run, responses) -> dict:
     On one micro-batch of evenly spaced responses. The cheapest bug detector there is: wrong positions, stale weights and a forgotten
     temperature all show here at once.
     """
+    if not responses: return {}
     longest = max(len(r.prompt) + len(r.ids) for r in responses)
     some = responses[::-(-len(responses) * longest // run.args.micro_tokens)]
     batch = collate(some, run.model.unembedding.device)
@@ -314,14 +327,14 @@ def compare_with_sampler(run, responses) -> dict:
             "sampler_diff/far": ((diff.exp() - 1).abs() > 0.1).float().mean().item()}
 
 
-def describe(groups, rewards, sums, norms, layer, n_layers):
-    """The row of metrics.jsonl, in TRL's names where it has them."""
+def describe(groups, drawn, sums, norms, layer, n_layers):
+    """The row of metrics.jsonl, in TRL's names where it has them; drawn [N,G] are the rewards of all that was sampled."""
     answered = [a for group in groups for a in group]
     lengths = torch.tensor([len(a.sample.ids) for a in answered], dtype=torch.float32)
     ended = torch.tensor([a.sample.stopped for a in answered])
-    row = {"phase": "internal" if layer < n_layers else "whole", "inter/layer": layer, "reward": rewards.mean().item(),
-           "reward_std": rewards.std(1).mean().item(), "frac_reward_zero_std": (rewards == rewards[:, :1]).all(1).float().mean().item(),
-           "completions/mean_length": lengths.mean().item(), "completions/max_length": lengths.max().item(),
+    row = {"phase": "internal" if layer < n_layers else "whole", "inter/layer": layer, "reward": drawn.mean().item(),
+           "reward_std": drawn.std(1).mean().item(), "frac_reward_zero_std": (drawn == drawn[:, :1]).all(1).float().mean().item(),
+           "groups_sampled": len(drawn), "completions/mean_length": lengths.mean().item(), "completions/max_length": lengths.max().item(),
            "completions/clipped_ratio": 1 - ended.float().mean().item(),
            "completions/mean_terminated_length": lengths[ended].mean().item() if ended.any() else None,
            "num_tokens": int(lengths.sum()), "updates": len(norms), "grad_norm": sum(norms) / len(norms) if norms else 0.0}
@@ -329,33 +342,62 @@ def describe(groups, rewards, sums, norms, layer, n_layers):
         tokens = sums["tokens"]
         row |= {"loss": sums["loss"] / len(norms), "inter/entropy": sums["entropy"] / tokens,
                 "clip_ratio/low_mean": sums["clip_low"] / tokens, "clip_ratio/high_mean": sums["clip_high"] / tokens}
+        if sums["kl"]: row["kl"] = sums["kl"] / tokens
     for a in answered:
         key = "verdict/" + a.verdict.reason.partition(":")[0]
         row[key] = row.get(key, 0) + 1
     return row
 
 
+def reward(answered, args) -> float:
+    """1 for a right answer, else 0; of a response cut off by the limit 0; --overlong soft takes off up to 1 for length."""
+    right = float(answered.verdict.correct and answered.sample.stopped)
+    if args.overlong != "soft": return right
+    return right + overlong_penalty(len(answered.sample.ids), args.max_new_tokens, args.overlong_buffer)
+
+
+def sample(run, step):
+    """Graded groups of one step, their rewards [N,G], and the rewards of all groups drawn.
+
+    With --refills, groups of equal rewards give way to groups of other problems (dynamic sampling, arXiv 2503.14476).
+    """
+    args, groups, rewards, drawn = run.args, [], [], []
+    for round in range(1 + args.refills):
+        # a refill walks the problems in an order of its own, which is a function of the step like the first
+        pairs = batch(run.prompts, step, args.prompts - len(groups), fold(args.seed, round) if round else args.seed)
+        new = run.respond(pairs, args.group, step, round)
+        scores = [[reward(a, args) for a in group] for group in new]
+        drawn += scores
+        # without anything to learn from it is still a step
+        kept = [i for i, row in enumerate(scores) if len(set(row)) > 1 or not args.refills or (round == args.refills and not groups)]
+        groups += [new[i] for i in kept]
+        rewards += [scores[i] for i in kept]
+        if len(groups) == args.prompts: break
+    return groups, torch.tensor(rewards), torch.tensor(drawn)
+
+
 def step_once(run, optimizer, step):
-    """Sample, grade, update. Returns the step's row and its graded responses, a list for each problem."""
-    layer, start = run.schedule.layer_at(step), time.time()
-    groups = run.respond(batch(run.prompts, step, run.args.prompts, run.args.seed), run.args.group, step)
-    rewards = torch.tensor([[float(a.verdict.correct) for a in group] for group in groups])                  # [N,G]
-    advantages = group_advantages(rewards, normalize=run.args.advantage == "grpo").tolist()
-    responses = [Response(a.prompt, a.sample.ids, a.sample.logprobs, advantage)
-                 for group, row in zip(groups, advantages, strict=True) for a, advantage in zip(group, row, strict=True)]
+    """Sample, grade, update. Returns the step's row of metrics.jsonl and its rows of samples.jsonl."""
+    args, layer, start = run.args, run.schedule.layer_at(step), time.time()
+    answered, rewards, drawn = sample(run, step)
+    groups = [[Response(a.prompt, a.sample.ids, a.sample.logprobs, advantage)
+               for a, advantage in zip(group, row, strict=True) if a.sample.stopped or args.overlong != "mask"]
+              for group, row in zip(answered, group_advantages(rewards, args.advantage).tolist(), strict=True)]
     sampled = time.time()
     if run.model.unembedding.is_cuda: run.sampler.stop()      # the KV cache's memory is the trainer's now
     with run.autocast():
-        seen = compare_with_sampler(run, responses)
-        sums, norms = update(run, optimizer, responses, layer)
-    return {"step": step, **describe(groups, rewards, sums, norms, layer, run.model.config.n_layers), **seen, "lr": run.args.lr,
-            "time/rollout": sampled - start, "time/train": time.time() - sampled}, groups
+        seen = compare_with_sampler(run, [r for group in groups for r in group])
+        sums, norms = update(run, optimizer, groups, layer)
+    samples = [{**a.row(step=step), "reward": r} for group, row in zip(answered, rewards.tolist(), strict=True)
+               for a, r in zip(group, row, strict=True)]
+    return {"step": step, **describe(answered, drawn, sums, norms, layer, run.model.config.n_layers), **seen, "lr": args.lr,
+            "time/rollout": sampled - start, "time/train": time.time() - sampled}, samples
 
 
 def evaluate(run) -> dict:
     """Avg@1 on the held-out problems, with the same noise at every step."""
     start = time.time()
-    groups = run.respond(run.tests, 1, 0, "eval")
+    groups = run.respond(run.tests, 1, 0, bar="eval")
     return {"eval/accuracy": avg_at_k([[a.verdict.correct for a in group] for group in groups]), "eval/questions": len(groups),
             "time/eval": time.time() - start}
 
@@ -385,14 +427,13 @@ def train(run, optimizer, start, setup_seconds):
             print(f"held-out accuracy before training: {rows[0]['eval/accuracy']:.3f}", flush=True)
         bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, unit="step", disable=not sys.stderr.isatty())
         for step in bar:
-            row, groups = step_once(run, optimizer, step)
+            row, answered = step_once(run, optimizer, step)
             if run.tests and (step == args.steps or (args.eval_every and step % args.eval_every == 0)): row |= evaluate(run)
-            if step == start + 1: tqdm.write(f"first response (reward {groups[0][0].verdict.correct:d}):\n{groups[0][0].text}")
-            for a in [a for group in groups for a in group][:args.log_samples]:
-                samples.write(json.dumps(a.row(step=step), ensure_ascii=False) + "\n")
+            if step == start + 1: tqdm.write(f"first response (reward {answered[0]['reward']:g}):\n{answered[0]['response']}")
+            for a in answered[:args.log_samples]: samples.write(json.dumps(a, ensure_ascii=False) + "\n")
             samples.flush()
             log(row)
-            line = (f"reward {row['reward']:.3f}  length {row['completions/mean_length']:.0f}  entropy {row['entropy']:.2f}  "
+            line = (f"reward {row['reward']:.3f}  length {row['completions/mean_length']:.0f}  entropy {row.get('entropy', 0):.2f}  "
                     f"layer {row['inter/layer']}  {row['num_tokens'] / max(row['time/rollout'], 1e-9):,.0f} tok/s"
                     + (f"  accuracy {row['eval/accuracy']:.3f}" if "eval/accuracy" in row else ""))
             if bar.disable: print(f"step {step}/{args.steps}  {line}", flush=True)
@@ -409,6 +450,7 @@ def main(argv=None):
         run.schedule = choose_schedule(run)
         show_plan(run)
         if args.dry_run: return
+        if args.kl: run.reference = copy.deepcopy(run.model).requires_grad_(False)     # before a resume: the starting weights
         optimizer = torch.optim.AdamW(run.model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
         start = resume(run, optimizer)
         rows = train(run, optimizer, start, time.time() - began)

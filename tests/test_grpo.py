@@ -2,14 +2,64 @@
 import pytest
 import torch
 
-from grpo import Response, collate, group_advantages, micro_batches, policy_loss, token_logprobs
+from grpo import (
+    Response,
+    collate,
+    group_advantages,
+    kl_to_reference,
+    micro_batches,
+    overlong_penalty,
+    policy_loss,
+    response_weights,
+    token_logprobs,
+)
 
 
 def test_advantages_by_hand():
     r = torch.tensor([[1.0] + [0.0] * 7])
     assert group_advantages(r)[0, 0].item() == pytest.approx(2.4749, abs=1e-4)      # sample deviation; the population's gives 2.6458
     assert group_advantages(r)[0, 1].item() == pytest.approx(-0.3536, abs=1e-4)
-    assert group_advantages(r, normalize=False)[0, 0].item() == pytest.approx(0.875)
+
+
+# rewards [[3, 1, 2], [5, 5, 5]]: group means 2 and 5, deviation of the first 1; mean of all 3.5, deviation of all sqrt(15.5 / 5) = 1.7607
+@pytest.mark.parametrize("kind, by_hand", [
+    ("grpo", [[1, -1, 0], [0, 0, 0]]),
+    ("dr_grpo", [[1, -1, 0], [0, 0, 0]]),
+    ("rloo", [[1.5, -1.5, 0], [0, 0, 0]]),
+    ("reinforce++", [[-0.28398, -1.41990, -0.85194], [0.85194, 0.85194, 0.85194]]),
+])
+def test_advantage_variants_by_hand(kind, by_hand):
+    r = torch.tensor([[3.0, 1, 2], [5, 5, 5]])
+    assert torch.allclose(group_advantages(r, kind), torch.tensor(by_hand).float(), atol=1e-4)
+    if kind == "rloo": assert group_advantages(r, kind)[0, 0].item() == pytest.approx(3 - (1 + 2) / 2)
+    if kind in ("grpo", "dr_grpo"):                                  # they differ by the deviation alone
+        assert group_advantages(10 * r, kind)[0].tolist() == pytest.approx([10, -10, 0] if kind == "dr_grpo" else [1, -1, 0], abs=1e-4)
+
+
+def test_reinforce_plus_plus_on_equal_rewards_is_zero():
+    assert (group_advantages(torch.full((3, 7), 0.7), "reinforce++") == 0).all()
+
+
+# three responses of 1, 2 and 5 tokens, limit 10
+@pytest.mark.parametrize("kind, by_hand", [("token-mean", [1 / 8] * 3), ("seq-mean", [1 / 3, 1 / 6, 1 / 15]), ("dr_grpo", [1 / 30] * 3)])
+def test_response_weights_by_hand(kind, by_hand):
+    assert response_weights([1, 2, 5], kind, limit=10) == pytest.approx(by_hand)
+    assert response_weights([], kind, 10) == [] and len(response_weights([0], kind, 10)) == 1
+
+
+def test_kl_by_hand_and_in_the_mean():
+    d = torch.tensor([0.5, 0.0, -0.5])
+    assert kl_to_reference(torch.zeros(3), d).tolist() == pytest.approx([0.14872, 0, 0.10653], abs=1e-5)
+    p, q = torch.tensor([[0.5, 0.2, 0.3], [0.2, 0.2, 0.6]])
+    exact = (p * (p / q).log()).sum()
+    assert (p * kl_to_reference(p.log(), q.log())).sum().item() == pytest.approx(exact.item(), abs=1e-6)      # unbiased: E[q/p] = 1
+    far = torch.tensor([-100.0], requires_grad=True)
+    kl_to_reference(far, torch.zeros(1)).sum().backward()
+    assert far.grad.isfinite().all()
+
+
+def test_overlong_penalty_by_hand():
+    assert [overlong_penalty(n, 100, 20) for n in (10, 80, 85, 90, 100, 130)] == pytest.approx([0, 0, -0.25, -0.5, -1, -1])
 
 
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 0.3, 0.7, 1 / 3])
