@@ -5,10 +5,14 @@ import pathlib
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
+# the same examples on every run, and no verdict by the clock
+hypothesis.settings.register_profile("nanobupo", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("nanobupo")
 SHARED = pathlib.Path(__file__).resolve().parents[1].parent / "shared"
 
 

@@ -1,0 +1,524 @@
+r"""Decide whether the final answer of a response equals the gold answer: strings first, then exact arithmetic.
+
+    verify(response, gold) -> bool                the reward
+    grade(response, gold) -> Verdict              the same with the extracted answer and the reason
+    extract(response) -> str | None               the final answer alone;   equal(answer, gold) -> bool   the comparison alone
+    hendrycks(response, gold) -> bool             the string-equality reward of the reference, for replication
+
+What counts as right:
+ 1. Only text after the last </think> counts; an unclosed <think> has no answer.
+ 2. The last \boxed or \fbox counts (the innermost if nested). Unclosed or empty, it is no answer: never an earlier one.
+ 3. Without a box: the line after ####, <answer>, "answer is" or "answer:", else the last number; in the last 2,000 characters.
+ 4. There is no tolerance: 0.33 is not 1/3, 3.14 is not pi.
+ 5. p% equals p and p/100; a bare number never equals a hundred times itself.
+ 6. Units, $, degree signs, \text{} and trailing words are dropped. Units are never converted.
+ 7. {a, b} and a bare list are unordered and of equal length; (a, b) and [a, b] are ordered and their brackets count.
+ 8. x = v equals v; x > 2 equals (2, oo); R equals (-oo, oo).
+ 9. The base subscript of a number is part of the value: 52_8 is not 52.
+10. Multiple choice by the leading letter; yes, no, true, false by the leading word when the opposite does not follow.
+11. a \frac{b}{c} with integers b < c is a mixed number.
+
+How: `clean` rewrites LaTeX and prose to a small core, `read` turns its tokens into a shape (value, set, tuple, union, matrix, ...), `same`
+compares two shapes; values are exact, see exact.py. Work is bounded by construction (length, depth, fuel): there is no clock, signal,
+thread or process, and nothing of the text is ever executed.
+"""
+import re
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+from exact import FUNCTIONS, NAME, OPEN, Algebra, Unparsed, add, atom, by_symbols, closing, negative, number, rational, tokens, top_level
+
+LONGEST = 600           # characters of an answer that is compared other than as a string; the longest of 5,600 gold answers has 133
+
+
+class Verdict(NamedTuple):
+    """`reason` is "equal: <rule>", "different", "no answer" or "unparsed" (the answer, or the comparison, was beyond the reader)."""
+    correct: bool
+    extracted: str | None
+    reason: str
+
+
+def verify(response, gold):
+    """True if the final answer of `response` equals `gold`. Any two strings are allowed; none raises."""
+    return grade(response, gold).correct
+
+
+def grade(response, gold):
+    """The `Verdict` on a response: is its answer right, what was it, and why."""
+    answer = extract(response)
+    reason = "no answer" if answer is None else judge(answer, str(gold))
+    return Verdict(reason.startswith("equal"), answer, reason)
+
+
+def equal(answer, gold):
+    """True if two answers are equal; reflexive and symmetric."""
+    return judge(answer, gold).startswith("equal")
+
+
+# ---------------------------------------------------------------- extraction
+
+CUE = re.compile(r"answer\W{0,8}?(?:is\b|:)[\s:*]*", re.I)
+MATH = re.compile(r"\$+([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
+NUMBER = re.compile(r"(?:(?<![\w)}])-)?(?:\\[dt]?frac\{-?[0-9]+\}\{[0-9]+\}|\.?[0-9](?:,?[0-9])*(?:\.[0-9]+)?(?:/[0-9]+)?)")
+
+
+def extract(response):
+    """The final answer of a response as text, or None (policies 1 to 3)."""
+    text = response.rpartition("</think>")[2]
+    if "<think>" in text:
+        return None
+    start = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"))
+    if start >= 0:
+        return unbox(text, start + (6 if text[start + 1] == "b" else 5))
+    tail = text[-2000:]
+    if "####" in tail:
+        found = tail.rpartition("####")[2].strip().partition("\n")[0]
+    elif "<answer>" in tail:
+        found = tail.rpartition("<answer>")[2].partition("</answer>")[0]
+    elif cues := list(CUE.finditer(tail)):
+        found = tail[cues[-1].end():]
+        math_first = MATH.match(found)
+        if math_first:
+            found = next(group for group in math_first.groups() if group)
+        else:                                             # to the end of the sentence; a point inside a number does not end it
+            found = re.split(r"\n|[.!](?=\s|\*|$)", found, maxsplit=1)[0]
+            inside = MATH.search(found)
+            found = next(group for group in inside.groups() if group) if inside else found
+    else:
+        numbers = NUMBER.findall(tail)
+        found = numbers[-1] if numbers else ""
+    return found.strip(" \t\r\n*$") or None
+
+
+def unbox(text, start):
+    """The argument of a box command that ends at `start`: one braced group of up to 4,000 characters, or one word."""
+    start += len(re.match(r"\s{0,100}", text[start:start + 100])[0])
+    if text[start:start + 1] != "{":
+        word = re.match(r"[^\s$]{1,200}", text[start:start + 200])
+        return word[0].rstrip(".,;*") or None if word else None
+    depth, at, end = 0, start, min(len(text), start + 4000)
+    while at < end:
+        c = text[at]
+        at += 2 if c == "\\" else 1                       # \{ and \} do not nest
+        depth += (c == "{") - (c == "}")
+        if depth == 0:
+            return text[start + 1:at - 1].strip() or None
+    return None
+
+
+# ---------------------------------------------------------------- cleaning
+
+UNICODE = str.maketrans({
+    "−": "-", "–": "-", "—": "-", "×": "*", "·": "*", "⋅": "*", "∗": "*", "÷": "/", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ",
+    "∞": r"\infty ", "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "≈": r"\approx ", "√": r"\sqrt ", "∖": r"\setminus ",
+    "°": r"\degree ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}",
+    "′": "'", "’": "'", "，": ",", "²": "^{2}", "³": "^{3}", "⁴": "^{4}", "ⁿ": "^{n}", "₀": "_0", "₁": "_1", "₂": "_2", "₃": "_3", "⟨": "(",
+    "⟩": ")", "（": "(", "）": ")", "½": r"\frac{1}{2}",
+    "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "€": "", "£": "", "¥": "", "¢": "", "\u00a0": " ", "\u2009": " ",
+    "\u202f": " ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "ε": r"\epsilon ", "θ": r"\theta ", "λ": r"\lambda ",
+    "μ": r"\mu ", "π": r"\pi ", "ρ": r"\rho ", "σ": r"\sigma ", "τ": r"\tau ", "φ": r"\phi ", "ω": r"\omega ", "Δ": r"\Delta ",
+    "Γ": r"\Gamma "})
+MACROS = {"\\" + old: new for olds, new in (
+    ("left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle scriptstyle limits ! $ ( ) [ ] pounds", ""),
+    (", ; : ~ quad qquad space thinspace", " "), ("dfrac tfrac cfrac", r"\frac"), ("dbinom tbinom", r"\binom"), ("leq leqslant", r"\le"),
+    ("geq geqslant", r"\ge"), ("neq", r"\ne"), ("lt", "<"), ("gt", ">"), ("cdot times ast", "*"), ("div", "/"),
+    ("Vert lVert rVert", r"\|"), ("lbrace", r"\{"), ("rbrace", r"\}"), ("langle", "("), ("rangle", ")"), ("lbrack", "["), ("rbrack", "]"),
+    ("varnothing", r"\emptyset"), ("bigcup", r"\cup"), ("backslash", r"\setminus"), ("R reals", r"\mathbb{R}"), ("%", "%"), ("degree", "°"),
+    ("Bbb", r"\mathbb"), ("dots ldots", r"\cdots"), ("vert lvert rvert mid", "|")) for old in olds.split()} | {"\\ ": " "}
+MACRO = re.compile(r"\\(?:[A-Za-z]+|.)", re.S)
+SIMPLE = re.compile(r"-?[0-9]+")
+FONTS = ("mathit", "mathbf", "boldsymbol", "bm", "vec", "pmb", "underline")
+TEXT = re.compile(r"\\(text[a-z]*|mbox|hbox|mathrm|operatorname\*?|mathsf|mathtt|" + "|".join(FONTS) + r")\s*\{([^{}]*)\}")
+UNIT = r"(?:(?:cm|mm|km|dm|kg|mg|ml|mL|mph|ft|in|lbs?|oz|hrs?|sec|min|deg|mi|m/s|km/h)\b|\s(?:per|sq|USD|day|[A-Za-z][a-z]{3,})\b)"
+EARLY = [(re.compile(old), new) for old, new in (
+    (r"\\(?:left|right)\s*\.|\\(?:text)?color\{[a-z]*\}", ""), (r"\\mathcal\s*\{?O\}?", "O"),
+    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
+    (r"^(-?[0-9]+\.[0-9]+)e([+-]?[0-9]{1,3})$|^(-?[0-9]+)e\+?([0-9]{1,3})$", r"\1\3*10^{\2\4}"), (r"\\\{\s*\\\}", r"\\emptyset "),
+    (r"\{,\}|,\\!\s*", ","), (r"(?<=[0-9])\\,(?=[0-9]{3})", ""))]
+GROUPS = [(re.compile(old), new) for old, new in (
+    (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})", "°"),
+    (r"\\begin\{[pbB]?(?:small)?(?:matrix|array)\}(?:\{[^{}]*\})?", r"\\mat "), (r"\\begin\{[vV]matrix\}", r"\\vmat "),
+    (r"\\end\{[vVpbB]?(?:small)?(?:matrix|array)\}", r"\\endmat "))]
+PROSE = [(re.compile(old), new) for old, new in (
+    (r"(?<=[^\s\x02,=:])(?:\s*\x02[^\x03]*\x03(?:\s*\^\s*\{?[23]\}?)?)+[\s.]*$", ""),    # \text at the end
+    (r"[\x02\x03\s]+", " "), (r"^[ ,;:=*\"`]+|[ .,;:*\"`]+$", ""))]
+WORDY = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2}|\\approx|[0-9] [0-9]")
+WORDS = [(re.compile(old), new) for old, new in (
+    (r"^(?:\\approx|(?i:(?:the )?(?:(?:final|correct) )?(?:answer|option|choice)(?: is)?\b:?)) ?", ""),
+    (r"^(?:the )?empty set$", r"\\emptyset "),
+    (r",?\s\b(?:and|or)\b\s", ", "), (r"\s*\bper ?cent$", "%"),
+    (r"(?i:(?<![A-Za-z\\])\+?(?:infinity|infinite|infinitely many|inf|oo)(?![A-Za-z]))", r"\\infty "),
+    (r"(?i:^(?:the )?(?:set of )?(?:all )?real(?:s| numbers)$)", r"\\mathbb{R}"),
+    (r"(?<=[0-9})!%°])(?:(?:\s|\s?/\s?)?" + UNIT + r"\.?(?:\s*\^\s*\{?[23]\}?)?)+$", ""),
+    (r"(?<![\\A-Za-z])((?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp|sqrt|pi|gcd|lcm|max|min)(?=\s*(?:[0-9_(^\\{}*/+-]|[a-z]\b|$))",
+     r"\\\1 "),
+    (r"(?<![0-9A-Za-z.}])([0-9]+) ([0-9]+)/([0-9]+)(?![0-9])", r"\1\\frac{\2}{\3}"))]
+THOUSANDS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
+
+
+def clean(s):
+    """LaTeX, Unicode and prose brought to a small core: no spacing, sizes, fonts, currency, units or final point."""
+    s = s.strip()
+    if SIMPLE.fullmatch(s):
+        return s
+    s = re.sub(r"(?<!\\)\$", "", s).strip("* ").replace("**", "^")
+    if not s.isascii():
+        s = s.translate(UNICODE)
+    for old, new in EARLY:
+        s = old.sub(new, s)
+    s = MACRO.sub(lambda m: MACROS.get(m[0], m[0]), s).replace("$", "").replace("~", " ")
+    if "\\" in s:
+        for old, new in GROUPS:
+            s = old.sub(new, s)
+        for _ in range(3):                                 # a \text inside a \text is as deep as models go
+            s = TEXT.sub(untext, s)
+    for old, new in PROSE:
+        s = old.sub(new, s)
+    for old, new in WORDS if WORDY.search(s) else ():
+        s = old.sub(new, s)
+    if "=" in s:
+        s = s.replace("!=", r"\ne ").replace("<=", r"\le ").replace(">=", r"\ge ")
+    if not ("(" in s or "[" in s or r"\{" in s):           # inside brackets a comma separates
+        s = THOUSANDS.sub(lambda m: m[0].replace(",", ""), s)
+    return s.strip()
+
+
+def untext(m):
+    r"""What is left of one \text{...}: prose between two marks, a plain letter, or the name of a function."""
+    kind, content = m[1], m[2].strip()
+    if kind in FONTS or (kind == "mathrm" and content in ("e", "i", "d")):
+        return content
+    if content in FUNCTIONS or (kind.startswith("operatorname") and content.isalpha()):
+        return f"\\{content} "
+    return f"\x02{m[2]}\x03"
+
+
+BRACED = re.compile(r"([_^])\{([A-Za-z0-9])\}")
+HIDDEN = re.compile(r"(?<![0-9]) | (?![0-9])")
+
+
+# ---------------------------------------------------------------- shapes
+
+RELATIONS = {"=", "<", ">", r"\le", r"\ge", r"\ne", r"\in", r"\approx"}
+STRUCTURE = RELATIONS | set(r"\cup \setminus \pm \mp \{ \mat \vmat , ; : ( [ % {".split())
+FLIP = {">": "<", r"\ge": r"\le"}
+LEAD = re.compile(r"(yes|no|true|false)\b", re.I)
+OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
+CHOICE = re.compile(r"[(\[]([A-Ja-j])[)\]][.:]?(?:\s.*)?|([A-J])[).:](?:\s.*)?", re.S)
+SECOND = re.compile(r"\([A-J]\)|\b[A-J]\)")
+WORD = re.compile(r"(?=.*[A-Za-z]{3}|[ivxIVX]{2,}$)[A-Za-z][A-Za-z\s,.'/-]*")
+# what may stand before "=" as the name of the answer: x, x_1, f(x), AB, \angle ABC, Area, |AB|, (x, y), \hat{y}, an integral or a limit
+NAMED = re.compile(
+    r"(?:(?:m?\\angle|\\triangle)?[A-Z]+|\\?[A-Za-z]|[A-Za-z]{3,}|\\[A-Za-z]+|\\(?:hat|bar|overline|mathbb|mathcal)\{?[A-Za-z]+\}?)'*"
+    r"(?:_(?:\w|\{[^{}]*\}|\\\w+))?(?:\^\*)?'*(?:\([\w,\\]*\))?|\|[A-Z]+\||\([a-z](?:,[a-z])+\)|\\(?:int|sum|lim|prod)(?![A-Za-z]).*")
+INFINITY = atom((NAME, r"\infty"))
+LINE = ("tuple", "()", [("value", negative(INFINITY)), ("value", INFINITY)])
+
+
+def judge(answer, gold):
+    """The reason of a verdict: are two answers equal, and by which rule?"""
+    answer, gold = answer.strip(), gold.strip()
+    if answer == gold:
+        return "equal: string"
+    if len(answer) > LONGEST or len(gold) > LONGEST:
+        return "unparsed" if len(answer) > LONGEST else "different"
+    text, x = shape(answer)
+    gold_text, y = shape(gold)
+    if text == gold_text and text:
+        return "equal: string"
+    if not x or not y:
+        return "different" if x else "unparsed"
+    try:
+        rule = same(x, y, Algebra())
+    except Unparsed:
+        return "unparsed"
+    return "equal: " + rule if rule else "different"
+
+
+@lru_cache(maxsize=4096)
+def shape(text):
+    """(the text without what does not show, its shape or None). Cached: a gold answer is compared with many responses."""
+    s = clean(text)
+    try:
+        out = worded(s) or read(tokens(s), Algebra())
+    except Unparsed:
+        out = None
+    return HIDDEN.sub("", BRACED.sub(r"\1\2", s)), out
+
+
+def worded(s):
+    """The shape of an answer in words, or by a letter of multiple choice, or None."""
+    lead = LEAD.match(s)
+    if lead and not re.search(rf"\b{OPPOSITE[lead[1].lower()]}\b", s[lead.end():], re.I):
+        return "word", lead[1].lower()
+    choice = CHOICE.fullmatch(s)
+    if choice and not SECOND.search(s, 3):
+        return "choice", choice[1] or choice[2]
+    if WORD.fullmatch(s):
+        return "word", re.sub(r"^(?:the|an?) |[^a-z]", "", s.lower())
+    return None
+
+
+def read(tok, algebra, depth=0):
+    """The shape of an answer, (kind, payload ...); kinds: value, percent, ratio, set, tuple, union, matrix, equation, relation."""
+    if depth > 6 or not tok:
+        raise Unparsed("too deep" if tok else "empty")
+
+    if STRUCTURE.isdisjoint(tok):
+        return "value", algebra.read(tok)
+
+    def inner(part):
+        return read(part, algebra, depth + 1)
+
+    whole = tok[0] in OPEN and closing(tok, 0) == len(tok) - 1
+    if whole and tok[0] == "{":
+        return inner(tok[1:-1])
+    if whole and tok[0] in (r"\mat", r"\vmat"):
+        rows = [row for row in top_level(tok[1:-1], {"\\\\"})[::2] if row]
+        return "matrix" + tok[0], [[inner(cell) for cell in top_level(row, {"&"})[::2]] for row in rows]
+    parts = top_level(tok, {r"\cup"})[::2]
+    if len(parts) > 1:
+        return "union", list(map(inner, parts))
+    parts = top_level(tok, {",", ";"})[::2]
+    if len(parts) > 1:                                     # "n in Z" after an answer says what n is, it is not another answer
+        parts = parts[:1] + [part for part in parts[1:] if not (r"\in" in part and r"\mathbb" in part)]
+        return ("set", list(map(inner, parts))) if len(parts) > 1 else inner(parts[0])
+    cut = top_level(tok, RELATIONS)
+    if len(cut) > 1:
+        return related(cut[::2], cut[1::2], inner)
+    cut = top_level(tok, {r"\setminus"})
+    if len(cut) == 3 and "".join(cut[0]) == r"\mathbb{R}":
+        hole = inner(cut[2])
+        return outside(hole[1][0] if hole[0] == "set" else hole)
+    if whole and tok[0] in ("(", "[", r"\{"):
+        parts = top_level(tok[1:-1], {",", ";"})[::2]
+        if tok[0] == r"\{":
+            builder = top_level(tok[1:-1], {"|", ":"})
+            if len(builder) == 3 and len(builder[0]) in (1, 6) and not RELATIONS.isdisjoint(builder[2]):
+                return inner(builder[2])                   # {x | condition} or {x in R | condition}
+            return "set", list(map(inner, parts))
+        if len(parts) > 1:
+            return "tuple", tok[0] + tok[-1], list(map(inner, parts))
+        if tok[1:2] in ([r"\mat"], [r"\vmat"]):
+            return inner(tok[1:-1])
+        if tok[0] == "[":
+            return "tuple", "[" + tok[-1], [inner(tok[1:-1])]
+    if r"\pm" in tok or r"\mp" in tok:
+        return "set", [inner([signs.get(t, t) for t in tok]) for signs in ({r"\pm": "+", r"\mp": "-"}, {r"\pm": "-", r"\mp": "+"})]
+    if tok[-1] == "%":
+        return "percent", algebra.read(tok[:-1])
+    parts = top_level(tok, {":"})[::2]
+    return ("ratio", list(map(algebra.read, parts))) if len(parts) > 1 else ("value", algebra.read(tok))
+
+
+def related(sides, operators, inner):
+    """The shape of sides joined by relations."""
+    named = bool(NAMED.fullmatch("".join(sides[0]))) and sides[0][0][1:] not in FUNCTIONS
+    if operators == [r"\in"] and named:
+        return inner(sides[1])
+    if r"\approx" in operators:                            # the exact side counts
+        at = operators.index(r"\approx")
+        keep = sides[1:2] if at == 0 and named else sides[:at + 1]
+        return related(keep, operators[:at], inner) if len(keep) > 1 else inner(keep[0])
+    if set(operators) == {"="}:
+        try:
+            first = inner(sides[0])
+        except Unparsed:                                   # an integral, a limit: only its value is asked for
+            if not named:
+                raise
+            first = "text", "".join(sides[0])
+        return "equation", [first, *map(inner, sides[1:])], named
+    if all(op in FLIP for op in operators):
+        sides, operators = sides[::-1], [FLIP[op] for op in operators[::-1]]
+    if not set(operators) <= {"<", r"\le"} and operators != [r"\ne"]:
+        raise Unparsed("mixed relations")
+    return "relation", [inner(side) for side in sides], operators
+
+
+def outside(point):
+    """The line without one point."""
+    return "union", [("tuple", "()", [LINE[2][0], point]), ("tuple", "()", [point, LINE[2][1]])]
+
+
+def is_symbol(shape):
+    return shape[0] == "value" and len(shape[1]) == 1 and all(c == 1 and len(m) == 1 and m[0][1] == 1 and m[0][0][0] == NAME
+                                                             for m, c in shape[1].items())
+
+
+def region(shape):
+    """An inequality in one variable, or the real line, as an interval or a union; any other shape as it is."""
+    if shape == ("value", atom((NAME, r"\mathbbR"))):
+        return LINE
+    if shape[0] == "set" and all(part[0] == "relation" for part in shape[1]):
+        return "union", [region(part) for part in shape[1]]
+    if shape[0] != "relation":
+        return shape
+    sides, operators = shape[1:]
+    if operators == [r"\ne"]:
+        return outside(sides[1]) if is_symbol(sides[0]) else shape
+    ends = ["]" if op == r"\le" else ")" for op in operators]
+    if len(sides) == 2 and is_symbol(sides[0]):
+        return "tuple", "(" + ends[0], [LINE[2][0], sides[1]]
+    if len(sides) == 2 and is_symbol(sides[1]):
+        return "tuple", ("[" if ends[0] == "]" else "(") + ")", [sides[0], LINE[2][1]]
+    if len(sides) == 3 and is_symbol(sides[1]):
+        return "tuple", ("[" if ends[0] == "]" else "(") + ends[1], [sides[0], sides[2]]
+    return shape
+
+
+def same(x, y, algebra):
+    """The name of the rule by which two shapes are equal, or "". Symmetric."""
+    algebra.spend(1)
+    if x[0] == y[0]:
+        return alike(x, y, algebra)
+    for a, b in ((x, y), (y, x)):
+        if a[0] == "choice":
+            return "choice" if is_symbol(b) and min(b[1])[0][0][1] in (a[1], a[1].upper()) else ""
+        if a[0] == "equation":
+            value = side_value(a, algebra)
+            return same(value, b, algebra) if value else ""
+        if a[0] == "set" and len(a[1]) == 1:
+            return same(a[1][0], b, algebra)
+        if a[0] == "percent" and b[0] == "value":
+            part = algebra.mul(a[1], number(Fraction(1, 100)))
+            return "percent" if any(algebra.is_zero(add(v, b[1], -1)) for v in (a[1], part)) else ""
+        if a[0] == "ratio" and b[0] == "value" and len(a[1]) == 2:
+            return "ratio" if algebra.is_zero(add(a[1][0], algebra.mul(a[1][1], b[1]), -1)) else ""
+        if a[0] == r"matrix\mat" and b[0] == "tuple" and b[1] == "()":
+            flat = [cell for row in a[1] for cell in row]
+            return "vector" if 1 in (len(a[1]), len(a[1][0])) and pairwise(flat, b[2], algebra) else ""
+    p, q = region(x), region(y)
+    return "interval" if (p[0], q[0]) != (x[0], y[0]) and p[0] == q[0] and alike(p, q, algebra) else ""
+
+
+def alike(x, y, algebra):
+    """`same` for two shapes of one kind."""
+    kind = x[0]
+    if kind in ("word", "choice", "text"):
+        equal = x[1] == y[1] or (kind == "choice" and x[1].upper() == y[1].upper())
+    elif kind in ("value", "percent"):
+        equal = x[1] == y[1] or algebra.is_zero(add(x[1], y[1], -1))
+    elif kind in ("set", "union"):
+        equal = matched(x[1], y[1], algebra)
+    elif kind == "tuple":
+        equal = x[1] == y[1] and pairwise(x[2], y[2], algebra)
+    elif kind == "ratio":
+        equal = len(x[1]) == len(y[1]) and all(algebra.is_zero(add(algebra.mul(a, y[1][0]), algebra.mul(b, x[1][0]), -1))
+                                               for a, b in zip(x[1], y[1], strict=True)) and bool(x[1][0] and y[1][0])
+    elif kind == "equation":
+        equal = pairwise(x[1], y[1], algebra) or pairwise(x[1], y[1][::-1], algebra) or scaled(x[1], y[1], algebra, False)
+    elif kind == "relation":
+        strict = x[2] != [r"\ne"]
+        equal = x[2] == y[2] and (pairwise(x[1], y[1], algebra) or scaled(x[1], y[1], algebra, strict)
+                                  or (not strict and pairwise(x[1], y[1][::-1], algebra)))
+    else:
+        equal = len(x[1]) == len(y[1]) and all(pairwise(a, b, algebra) for a, b in zip(x[1], y[1], strict=True))
+    return kind.partition("\\")[0] if equal else ""
+
+
+def pairwise(xs, ys, algebra):
+    return len(xs) == len(ys) and all(same(a, b, algebra) for a, b in zip(xs, ys, strict=True))
+
+
+def matched(xs, ys, algebra):
+    """Whether two lists are equal as multisets; an element a +- b stands for two."""
+    xs, ys = ([part for x in list_ for part in (x[1] if x[0] == "set" else [x])] for list_ in (xs, ys))
+    rest = list(ys)
+    for x in xs if len(xs) == len(ys) else ():
+        at = next((i for i, y in enumerate(rest) if same(x, y, algebra)), None)
+        if at is None:
+            return False
+        del rest[at]
+    return not rest
+
+
+def side_value(equation, algebra):
+    """The shape that x = v, x = u = v or 2 + 3 = 5 states, or None."""
+    sides = equation[1][1:] if equation[2] else equation[1]
+    if equation[2] and equation[1][0][0] == "tuple" and sides[-1][0] != "tuple":
+        return None
+    return sides[-1] if all(same(sides[0], side, algebra) for side in sides[1:]) else None
+
+
+def scaled(xs, ys, algebra, positive):
+    """Whether l = r and l' = r' differ by a nonzero constant factor (a positive one, for inequalities)."""
+    if not all(side[0] == "value" for side in (*xs, *ys)) or (len(xs), len(ys)) != (2, 2):
+        return False
+    x, y = add(xs[0][1], xs[1][1], -1), add(ys[0][1], ys[1][1], -1)
+    gx, gy = by_symbols(x), by_symbols(y)
+    lead = max(gx, default=None)
+    if lead is None or lead not in gy:
+        return False
+    a, b = gx[lead], gy[lead]
+    if positive:
+        ra, rb = rational(a), rational(b)
+        if ra is None or rb is None or ra * rb <= 0:
+            return False
+    return algebra.is_zero(add(algebra.mul(x, b), algebra.mul(y, a), -1))
+
+
+# ---------------------------------------------------------------- the reward of the reference
+
+def hendrycks(response, gold):
+    """The reward of the reference: equality of two strings after the normalisation of the MATH benchmark (Hendrycks et al. 2021).
+
+    Kept with its quirks, so that published runs can be replicated: "\\boxed " anywhere takes what follows its last occurrence up to a
+    "$"; \\fbox is never right; only 0.5 among decimals is a fraction; text from "\\text{ " on is cut; a malformed \\frac or \\sqrt on
+    either side makes the comparison one of raw strings.
+    """
+    answer = last_box(response)
+    if answer is None:
+        return False
+    try:
+        return normalise(answer) == normalise(gold)
+    except (IndexError, ValueError):
+        return answer == gold
+
+
+def last_box(response):
+    if r"\boxed " in response:
+        return response.rpartition(r"\boxed ")[2].partition("$")[0]
+    start = response.rfind(r"\boxed")
+    depth, opened = 0, response.find("{", start) if start >= 0 else -1
+    for at in range(start, len(response)) if opened >= 0 else ():
+        c = response[at]
+        depth += (c == "{") - (c == "}")
+        if c == "}" and depth == 0:                        # counted from the command, so that "\boxed}{" never closes
+            return response[start + 7:at] if opened == start + 6 else None
+    return None
+
+
+def normalise(s):
+    for old, new in (("\n", ""), (r"\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"), (r"\left", ""), (r"\right", ""),
+                     (r"^{\circ}", ""), (r"^\circ", ""), (r"\$", "")):
+        s = s.replace(old, new)
+    if s.count(r"\text{ ") > 1:
+        raise ValueError("two units")
+    s = s.partition(r"\text{ ")[0].replace(r"\\%", "").replace(r"\%", "").replace(" .", " 0.").replace("{.", "{0.")
+    if s[:1] == ".":
+        s = "0" + s
+    if s.count("=") == 1 and s.index("=") <= 2:
+        s = s.partition("=")[2]
+    head, *roots = s.split(r"\sqrt")
+    s = (head + "".join(r"\sqrt" + (r if r[0] == "{" else "{" + r[0] + "}" + r[1:]) for r in roots)).replace(" ", "")
+    s = brace_fractions(s)
+    if s == "0.5":
+        return r"\frac{1}{2}"
+    over, slash, under = s.partition("/")
+    if slash and all(re.fullmatch(r"0|-?[1-9][0-9]{0,4299}", part) for part in (over, under)):
+        return r"\frac{" + over + "}{" + under + "}"
+    return s
+
+
+def brace_fractions(s):
+    head, *rest = s.split(r"\frac")
+    for part in rest:
+        head += r"\frac"
+        if part[0] == "{":
+            head += part
+        elif len(part) < 2:
+            return s
+        else:
+            head += "{" + part[0] + "}" + (part[1:] if part[1] == "{" else "{" + part[1] + "}" + part[2:])
+    return head
