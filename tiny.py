@@ -28,7 +28,8 @@ CONFIG = Config("qwen3", vocab_size=260, d_model=64, n_layers=4, n_heads=4, n_kv
 END = 256     # <|endoftext|>; ids 0..255 are the bytes
 # what `python train.py` means; any flag given on the command line overrides it
 DEFAULTS = dict(data="tiny", eval_data="tiny", system="", bupo_layer="3", bupo_steps="15", steps=60, prompts=32, group=8, mini_prompts=16,
-                lr=1e-4, max_new_tokens=64, max_prompt_tokens=32, slots=64, micro_tokens=4096, save_every=10, eval_every=10, eval_limit=256)
+                lr=1e-4, max_new_tokens=64, max_prompt_tokens=32, slots=64, micro_tokens=4096, save_every=10, eval_every=10, eval_limit=256,
+                watch_layers=5)
 
 
 def problem(rng: random.Random, held_out=False) -> list[int]:

@@ -111,6 +111,7 @@ def parser():
     add("--save-every", 30, "steps between checkpoints", type=natural)
     add("--keep", 2, "newest checkpoints kept; 0: all")
     add("--log-samples", 16, "responses of each step written to samples.jsonl")
+    add("--watch-layers", 0, "steps between looks at the internal layer on fixed responses: cosine, entropies, perplexity; 0: none")
     add("--device", "auto", "auto, cpu, cuda")
     add("--dry-run", False, "show plan, first prompt and memory, then stop", action="store_true")
     add("--fresh", False, "start anew; refuses a folder that holds a run unless --overwrite", action="store_true")
@@ -402,6 +403,18 @@ def evaluate(run) -> dict:
             "time/eval": time.time() - start}
 
 
+def watch(run, out) -> dict:
+    """The first internal layer (of plain GRPO the middle one) and the model itself on the responses of step 1: see decompose.watch.
+
+    The paper's collapse shows here first: perplexity of the whole policy that rises while an internal phase still runs.
+    """
+    layer = run.schedule.phases[0][0] if run.schedule.phases else (run.model.config.n_layers + 1) // 2
+    with open(out / "samples.jsonl", encoding="utf-8") as f: first = [r for r in map(json.loads, f) if r["step"] == 1]
+    start = time.time()
+    seen = decompose.watch(run.model, [(r["prompt_ids"] + r["ids"], len(r["prompt_ids"])) for r in first if r["ids"]], layer)
+    return {**seen, "time/watch": time.time() - start}
+
+
 def result(rows, schedule):
     """The last line: accuracy before and after, from the rows of metrics.jsonl alone; None without held-out problems."""
     scores = [(r["eval/accuracy"], r["eval/questions"]) for r in rows if "eval/accuracy" in r]
@@ -432,6 +445,7 @@ def train(run, optimizer, start, setup_seconds):
             if step == start + 1: tqdm.write(f"first response (reward {answered[0]['reward']:g}):\n{answered[0]['response']}")
             for a in answered[:args.log_samples]: samples.write(json.dumps(a, ensure_ascii=False) + "\n")
             samples.flush()
+            if args.watch_layers and (step % args.watch_layers == 0 or step == 1): row |= watch(run, out)
             log(row)
             line = (f"reward {row['reward']:.3f}  length {row['completions/mean_length']:.0f}  entropy {row.get('entropy', 0):.2f}  "
                     f"layer {row['inter/layer']}  {row['num_tokens'] / max(row['time/rollout'], 1e-9):,.0f} tok/s"

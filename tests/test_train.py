@@ -186,6 +186,13 @@ def test_kl_variant_runs_and_is_zero_at_the_start(folder, tmp_path):
     assert first.get("kl", 0) < 1e-9 < second["kl"]
 
 
+def test_watching_layers_on_fixed_responses(folder, tmp_path):
+    train.main(flags(folder, tmp_path / "r", steps=4, **{"watch-layers": 2}))
+    watched = [r for r in rows(tmp_path / "r") if "watch/layer_cos" in r]
+    assert [r["step"] for r in watched] == [1, 2, 4] and all(-1 <= r["watch/layer_cos"] <= 1 and r["watch/perplexity"] > 1 for r in watched)
+    assert len({r["watch/perplexity"] for r in watched}) == 3                 # the same tokens, other weights
+
+
 def test_nan_stops_before_it_spreads(folder, tmp_path, monkeypatch, capsys):
     import bupo
     real = bupo.policy_loss
