@@ -46,7 +46,7 @@ LEFTOVER = re.compile(r"\.(tmp|trash)-(step_\d{6,}.*|.+\.jsonl)")
 FILE = re.compile(r"(resume/)?\w[\w.-]*")                  # a manifest must not reach outside its folder
 SHARD_BYTES = 4 << 30                                      # of moments in a file, and in memory at once beside the optimizer
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")   # moments that have their parameter's shape
+LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "remainder")   # moments that have their parameter's shape
 
 
 class CheckpointError(ValueError):
