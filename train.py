@@ -35,13 +35,14 @@ from data import DataError, batch, fingerprint, load_problems, unverifiable
 from eval import answer, avg_at_k, encode_prompts, guarded, natural, pick_device, short_name
 from grpo import Response, collate, group_advantages, overlong_penalty
 from model import Config, Transformer, load, resolve
+from optimizer import BYTES, SplitAdamW
 from rollout import Sampler, fold
 from tokenizer import SYSTEM, Tokenizer
 
 # settings that change the numbers of a run: a resume with other values is refused
 MATHS = ("model", "data_sha256", "bupo_layer", "bupo_steps", "internal_norm", "prompts", "group", "mini_prompts", "clip_low", "clip_high",
          "dual_clip", "advantage", "loss", "kl", "tis", "overlong", "overlong_buffer", "refills", "lr", "weight_decay", "grad_clip",
-         "temperature", "max_new_tokens", "max_prompt_tokens", "system", "thinking", "format", "verifier", "dtype", "seed")
+         "temperature", "max_new_tokens", "max_prompt_tokens", "system", "thinking", "format", "verifier", "optimizer", "dtype", "seed")
 
 
 def parser():
@@ -102,8 +103,12 @@ def parser():
     add("--grad-clip", 1.0, "norm the gradient is scaled down to")
     add("--micro-tokens", 16384, "padded tokens of one forward and backward: memory, not maths", type=natural)
     add("--logit-chunk", 1024, "positions whose logits are held at once: chunk x V x 4 bytes, twice", type=natural)
-    add("--dtype", "float32", "of the weights. float32: 16 bytes a parameter with gradient and moments, and cuda computes in bfloat16; "
-        "bfloat16: 8 bytes, refused at small learning rates, where its weights do not move", choices=("float32", "bfloat16"))
+    add("--optimizer", "adamw", "adamw: float32 weights, 16 bytes a parameter with gradient and moments; split: bfloat16 weights with an "
+        "exact float32 master, 12 bytes; split-m32: 14 (see optimizer.py)", choices=tuple(BYTES))
+    add("--offload", False, "split: keep the moments in host memory while sampling", action="store_true")
+    add("--dtype", None, "of the weights (default float32, with split bfloat16); float32 weights compute in bfloat16 on cuda", type=str,
+        choices=("float32", "bfloat16"))
+    add("--recompute", False, "run each block again in the backward instead of keeping its activations", action="store_true")
 
     add = flags("run")
     add("--out", None, "run folder (default out/MODEL)", type=str)
@@ -127,9 +132,11 @@ def parse(argv=None):
     if args.group < 2: raise ValueError("--group must be at least 2: a group of one has no baseline")
     for name in ("lr", "temperature", "grad_clip"):
         if not 0 < getattr(args, name) < float("inf"): raise ValueError(f"--{name.replace('_', '-')} must be a positive number")
-    if args.dtype == "bfloat16" and args.lr < 1e-5:
-        raise ValueError(f"--dtype bfloat16 at --lr {args.lr:g} does not train: about 98 % of the weights round back to where they were; "
-                         "use --dtype float32")
+    if args.dtype is None: args.dtype = "float32" if args.optimizer == "adamw" else "bfloat16"
+    if args.optimizer != "adamw" and args.dtype != "bfloat16": raise ValueError(f"--optimizer {args.optimizer} needs --dtype bfloat16")
+    if args.optimizer == "adamw" and args.dtype == "bfloat16" and args.lr < 1e-5:
+        raise ValueError(f"--dtype bfloat16 with plain AdamW at --lr {args.lr:g} does not train: about 98 % of the weights round back to "
+                         "where they were; use --optimizer split, or --dtype float32")
     args.out = Path(args.out or f"out/{short_name(args.model)}")
     args.mini_prompts = min(args.mini_prompts, args.prompts)
     return args
@@ -185,6 +192,7 @@ def open_run(args) -> Run:
         raise DataError(f"{args.data}: {len(bad)} of {len(problems)} gold answers do not verify against themselves "
                         f"(first: {bad[0].answer!r:.60}); their reward would always be 0")
     model = load(folder or tiny.warm_up(args.out / "warm-up", args.seed), getattr(torch, args.dtype), device)
+    model.recompute = args.recompute
     if args.max_new_tokens is None: args.max_new_tokens = 3072 if model.config.family == "llama" else 7168
     if args.max_prompt_tokens + args.max_new_tokens > model.config.max_len:
         raise ValueError(f"--max-prompt-tokens {args.max_prompt_tokens} + --max-new-tokens {args.max_new_tokens} exceed the "
@@ -210,15 +218,17 @@ def choose_schedule(run) -> Schedule:
 def memory_plan(config: Config, args, on_cuda: bool) -> dict[str, float]:
     """Gigabytes a step needs, by part.
 
-    Activations kept for the backward are counted as 6 D + 3 (H + 2K) E + 4 d_mlp values a token and block, an estimate.
+    Activations kept for the backward are counted as 6 D + 3 (H + 2K) E + 4 d_mlp values a token and block, an estimate; with --recompute
+    as D a token and block, and one block's worth of the rest.
     """
     c, n, size = config, parameters(config), getattr(torch, args.dtype).itemsize
     row = args.max_prompt_tokens + args.max_new_tokens
     tokens, compute = max(args.micro_tokens, row), 2 if on_cuda else size
     kept = 6 * c.d_model + 3 * (c.n_heads + 2 * c.n_kv_heads) * c.head_dim + 4 * c.d_mlp
-    plan = {"weights": n * size, "gradients": n * size, "AdamW moments": 2 * n * size,
+    per = {"weights": size, "gradients": size, "remainder": 0, "moments": 2 * size} if args.optimizer == "adamw" else BYTES[args.optimizer]
+    plan = {"weights": n * per["weights"], "gradients": n * per["gradients"], "optimizer state": n * (per["moments"] + per["remainder"]),
             "KV cache (sampling)": 2 * c.n_layers * args.slots * row * c.n_kv_heads * c.head_dim * compute,
-            "activations (training)": tokens * c.n_layers * kept * compute,
+            "activations (training)": tokens * (c.n_layers * c.d_model + kept if args.recompute else c.n_layers * kept) * compute,
             "logit chunks (training)": 2 * min(args.logit_chunk, tokens) * c.vocab_size * 4 + c.vocab_size * c.d_model * 4}
     return {k: v / 1e9 for k, v in plan.items()}
 
@@ -232,7 +242,7 @@ def show_plan(run):
     """What will be done, the memory it takes, and the first prompt decoded."""
     args, c, device = run.args, run.model.config, run.model.unembedding.device
     print(f"{args.model}: {parameters(c) / 1e6:,.1f} M parameters, {c.n_layers} layers, V = {c.vocab_size:,} ({run.n_vocab:,} used), "
-          f"{args.dtype} on {device}, prompt format {run.tokenizer.format}, stop ids {list(run.tokenizer.stop_ids)}")
+          f"{args.dtype} with {args.optimizer} on {device}, prompt format {run.tokenizer.format}, stop ids {list(run.tokenizer.stop_ids)}")
     print(f"{run.schedule}; {args.steps} steps x {args.prompts} problems x {args.group} responses, "
           f"{-(-args.prompts // args.mini_prompts)} updates a step; {len(run.prompts):,} problems"
           + (f" ({run.dropped} more dropped: prompt too long)" if run.dropped else ""))
@@ -243,6 +253,13 @@ def show_plan(run):
     print("memory, GB: " + ", ".join(f"{k} {v:.2f}" for k, v in plan.items()) + f"; together at most {sum(plan.values()):.2f}{there}")
     print("the loss is 0 by construction (advantages are centred, the ratio starts at 1): watch the reward")
     print(f"first prompt:\n{run.tokenizer.decode(run.prompts[0][1])}", flush=True)
+
+
+def make_optimizer(model, args):
+    """--optimizer over all parameters; decay applies to all, as in the reference."""
+    common = dict(params=model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    if args.optimizer == "adamw": return torch.optim.AdamW(**common, fused=True)
+    return SplitAdamW(**common, moment_dtype=torch.float32 if args.optimizer == "split-m32" else torch.float16)
 
 
 def resume(run, optimizer) -> int:
@@ -281,6 +298,14 @@ def commit():
 # ---------------------------------------------------------------------------------------------------------------------
 # one step
 
+def clip_gradients(model, limit) -> torch.Tensor:
+    """Scale the gradients down to a joint norm of at most `limit`; returns the norm before, summed in float32 whatever their dtype."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]).norm()
+    for g in grads: g.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
 def update(run, optimizer, groups, layer):
     """The optimizer updates of one step on groups of Responses. Returns sums over tokens, and the gradients' norms before clipping.
 
@@ -299,7 +324,7 @@ def update(run, optimizer, groups, layer):
     for mini in minis:
         if all(r.advantage == 0 for r in mini): continue
         seen = backward(run.model, mini, layer, **clip, **common)
-        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.grad_clip)
+        norm = clip_gradients(run.model, args.grad_clip)
         if not torch.isfinite(norm):
             bad = (n for n, p in run.model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all())
             raise FloatingPointError(f"the gradient is not finite (first in {next(bad, 'its norm')}): nothing was updated, and the last "
@@ -380,6 +405,7 @@ def sample(run, step):
 def step_once(run, optimizer, step):
     """Sample, grade, update. Returns the step's row of metrics.jsonl and its rows of samples.jsonl."""
     args, layer, start = run.args, run.schedule.layer_at(step), time.time()
+    if args.offload and args.optimizer != "adamw": optimizer.to_host()
     answered, rewards, drawn = sample(run, step)
     groups = [[Response(a.prompt, a.sample.ids, a.sample.logprobs, advantage)
                for a, advantage in zip(group, row, strict=True) if a.sample.stopped or args.overlong != "mask"]
@@ -465,7 +491,7 @@ def main(argv=None):
         show_plan(run)
         if args.dry_run: return
         if args.kl: run.reference = copy.deepcopy(run.model).requires_grad_(False)     # before a resume: the starting weights
-        optimizer = torch.optim.AdamW(run.model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+        optimizer = make_optimizer(run.model, args)
         start = resume(run, optimizer)
         rows = train(run, optimizer, start, time.time() - began)
         plot.training(args.out / "metrics.jsonl", args.out / "training.png")

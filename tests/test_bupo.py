@@ -153,6 +153,17 @@ def test_gradient_does_not_depend_on_split_or_order(model, responses, layer, var
     assert close(grads(model, [responses[i] for i in order], layer, 60, **variant), whole)
 
 
+@pytest.mark.parametrize("layer", [2, L])
+def test_recomputed_blocks_give_the_same_gradient_bit_for_bit(model, responses, layer):
+    kept, ran = grads(model, responses, layer), []
+    model.recompute = True
+    hooks = [b.mlp_norm.register_forward_hook(lambda *a, l=b.layer: ran.append(l)) for b in model.blocks]
+    again = grads(model, responses, layer)
+    for h in hooks: h.remove()
+    assert sorted(ran) == sorted([*range(1, layer + 1)] * 2)                    # each block forward, and once more in the backward
+    assert all((a is None) == (again[n] is None) and (a is None or torch.equal(a, again[n])) for n, a in kept.items())
+
+
 def test_loss_variants_by_hand(model):
     """Two responses of 2 and 6 tokens with advantages +1 and -1 at ratio 1: the surrogate is -A at every token."""
     pair = [Response([5], [6] * 2, [0.0] * 2, 1.0), Response([5], [7] * 6, [0.0] * 6, -1.0)]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import checkpoint
 import eval as evaluation
@@ -186,6 +187,29 @@ def test_kl_variant_runs_and_is_zero_at_the_start(folder, tmp_path):
     assert first.get("kl", 0) < 1e-9 < second["kl"]
 
 
+@pytest.mark.parametrize("optimizer", ["split", "split-m32"])
+def test_split_optimizers_train_and_resume(folder, tmp_path, optimizer):
+    """bfloat16 weights with an exact master: a run cut in two ends in the same weights and moments, and in transformers."""
+    more = ("--recompute", "--offload")
+    train.main(flags(folder, tmp_path / "whole", *more, steps=3, optimizer=optimizer))
+    train.main(flags(folder, tmp_path / "cut", *more, steps=2, optimizer=optimizer))
+    train.main(flags(folder, tmp_path / "cut", *more, steps=3, optimizer=optimizer))
+    assert [r for r in rows(tmp_path / "cut") if r["step"] != 2] == [r for r in rows(tmp_path / "whole") if r["step"] != 2]
+    for file in ("model.safetensors", "resume/optim.safetensors"):
+        a, b = (load_file(tmp_path / n / "step_000003" / file) for n in ("whole", "cut"))
+        assert same(a, b) and len(a) > 20
+    assert weights(tmp_path / "whole" / "step_000003")["embed.weight"].dtype == torch.float32     # loaded as asked
+    assert json.loads((tmp_path / "whole" / "step_000003" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_gradients_are_clipped_to_a_joint_norm():
+    model = torch.nn.Linear(2, 1).bfloat16()
+    model.weight.grad, model.bias.grad = torch.tensor([[3.0, 0.0]]).bfloat16(), torch.tensor([4.0]).bfloat16()
+    assert train.clip_gradients(model, 10.0).item() == pytest.approx(5) and model.bias.grad.item() == 4
+    assert train.clip_gradients(model, 1.0).item() == pytest.approx(5) and model.bias.grad.item() == pytest.approx(0.8, rel=1e-2)
+    assert train.clip_gradients(model, 1.0).dtype == torch.float32
+
+
 def test_watching_layers_on_fixed_responses(folder, tmp_path):
     train.main(flags(folder, tmp_path / "r", steps=4, **{"watch-layers": 2}))
     watched = [r for r in rows(tmp_path / "r") if "watch/layer_cos" in r]
@@ -223,7 +247,8 @@ def test_dry_run_shows_and_leaves_nothing(folder, tmp_path, capsys):
     ((), {"model": "qwen9-4b"}, 2, "no preset of that name"), ((), {"data": "gone.jsonl"}, (2, 3), "gone.jsonl"),
     ((), {"bupo-layer": 4}, 2, "layers 1 to 3"), ((), {"group": 1}, 2, "at least 2"), ((), {"max-new-tokens": 1000}, 2, "256 tokens"),
     ((), {"lr": 0}, 2, "--lr"), ((), {"temperature": 0}, 2, "--temp"), ((), {"format": "xml"}, 2, "format"),
-    (("--dtype", "bfloat16"), {"lr": 1e-6}, 2, "does not train"), ((), {"max-prompt-tokens": 2}, 3, "longer than 2"),
+    (("--dtype", "bfloat16"), {"lr": 1e-6}, 2, "does not train"), (("--dtype", "float32"), {"optimizer": "split"}, 2, "bfloat16"),
+    ((), {"max-prompt-tokens": 2}, 3, "longer than 2"),
 ])
 def test_mistakes_end_in_one_line(folder, tmp_path, capsys, more, change, code, says):
     with pytest.raises(SystemExit) as e: guarded(train.main, flags(folder, tmp_path / "r", *more, **change))
