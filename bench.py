@@ -2,15 +2,25 @@
 
     python bench.py init --like qwen3-0.6b --layers 4 --tokenizer FOLDER      writes out/random-qwen3-0.6b-4
     python train.py --model out/random-qwen3-0.6b-4 --data problems.jsonl ...
+
+    python bench.py decode --like qwen3-0.6b --batch 64 --context 1024        tok/s and GB/s of decoding, beside the memory's own speed
+    python bench.py workload --like qwen3-0.6b --requests 256                 ragged requests through refilled slots
+
+Both take --versus: transformers' generate on the same weights, prompts and lengths, in the same process; only such ratios mean
+something on a machine that does other work too. The last line of standard output is one JSON object.
 """
 import argparse
+import json
+import random
 import shutil
+import time
 from pathlib import Path
 
 import torch
 
-from eval import guarded, natural
-from model import HUB, TOKENIZER_FILES, Config, Transformer, save
+from eval import guarded, natural, pick_device
+from model import HUB, TOKENIZER_FILES, Config, Transformer, hf_tensors, save
+from rollout import Sampler
 from tokenizer import load as load_tokenizer
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -62,8 +72,7 @@ def init(args):
         raise ValueError(f"{args.tokenizer} uses {used} ids, {args.like} has rows for {config.vocab_size}: they do not belong together")
     need, free = sum(p.numel() for p in meta(config).parameters()) * 2, shutil.disk_usage(Path.cwd()).free
     if need > free: raise OSError(f"{out}: needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; take fewer --layers")
-    torch.set_default_dtype(torch.bfloat16)
-    model = Transformer(config).init_weights(args.seed)
+    model = empty(config, torch.bfloat16, "cpu").init_weights(args.seed)
     save(model, out, tokenizer_from=args.tokenizer)
     n = sum(p.numel() for p in model.parameters())
     print(f"{n / 1e6:,.1f} M random bfloat16 parameters of {args.like}'s shape, {config.n_layers} layers"
@@ -76,6 +85,187 @@ def meta(config):
     with torch.device("meta"): return Transformer(config)
 
 
+def empty(config, dtype, device):
+    """The model with memory of this dtype and no values in it."""
+    return meta(config).to(dtype).to_empty(device=device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# speed
+
+def build(args):
+    """A model of the shape asked for, random weights; --threads and the device set. Returns model, device, bytes of an element."""
+    config, device = shape(args.like), torch.device(pick_device(args.device))
+    if args.layers: config.n_layers = args.layers
+    if args.threads: torch.set_num_threads(args.threads)
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    return empty(config, dtype, device).init_weights(args.seed), device, dtype.itemsize
+
+
+def synchronize(device):
+    if device.type == "cuda": torch.cuda.synchronize()
+
+
+def timed(device, f):
+    """Seconds of f, the device's work included, and what it returned."""
+    synchronize(device)
+    start, out = time.perf_counter(), f()
+    synchronize(device)
+    return time.perf_counter() - start, out
+
+
+def copy_speed(device, megabytes=256, tries=8):
+    """Bytes a second that a large copy reads and writes: what this memory gives a program here and now."""
+    a = torch.zeros(megabytes << 20, dtype=torch.uint8, device=device)
+    b = torch.empty_like(a)
+    b.copy_(a)
+    return 2 * a.numel() / min(timed(device, lambda: b.copy_(a))[0] for _ in range(tries))
+
+
+def step_bytes(config, itemsize):
+    """Bytes a decode step must read: of weights, once a step, and of keys and values, for each live token of each row."""
+    unread = 0 if config.tied else config.vocab_size * config.d_model       # of an embedding that is no unembedding: some rows only
+    weights = sum(p.numel() for p in meta(config).parameters()) - unread
+    return weights * itemsize, 2 * config.n_layers * config.n_kv_heads * config.head_dim * itemsize
+
+
+def random_prompts(config, lengths, seed):
+    g = random.Random(seed)
+    return [[g.randrange(config.vocab_size) for _ in range(n)] for n in lengths]
+
+
+def transformers_model(model):
+    """The same weights (the same memory) in transformers' class; None, with a line that says so, where it is not installed."""
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError:
+        print("transformers is not installed: nothing to compare with")
+        return None
+    raw, dtype, device = model.config.to_hf(model.embed.weight.dtype), model.embed.weight.dtype, model.embed.weight.device
+    params = dict(model.named_parameters())
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw), dtype=dtype).to(device).eval()
+    state = {name: params[ours].detach()[row:row + rows] for name, (ours, row, rows) in hf_tensors(model.config).items()}
+    missing, unexpected = theirs.load_state_dict(state, strict=False, assign=True)
+    theirs.tie_weights()
+    wrong = [*unexpected, *(set(missing) - {"lm_head.weight"})]
+    if wrong: raise ValueError(f"this transformers names weights otherwise: {wrong[:3]}")
+    return theirs
+
+
+@torch.no_grad()
+def transformers_generate(theirs, prompts, limits, static=False, greedy=False):
+    """One left-padded batch until its longest response is done, as generate does it. Returns the new tokens, [batch, longest]."""
+    width, device = max(map(len, prompts)), theirs.device
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    kind = {"cache_implementation": "static"} if static else {}     # transformers compiles the step of a static cache by itself, on a GPU
+    return theirs.generate(ids, attention_mask=mask, do_sample=not greedy, top_k=0 if not greedy else None, max_new_tokens=max(limits),
+                           min_new_tokens=max(limits), pad_token_id=0, eos_token_id=None, **kind)[:, width:]
+
+
+def decode(args):
+    """Rows of one length, decoded together; the share of the memory's speed that decoding reaches."""
+    model, device, itemsize = build(args)
+    if args.context <= args.steps // 2: raise ValueError(f"--context {args.context} is the mean over --steps {args.steps}: make it longer")
+    prompts = random_prompts(model.config, [args.context - args.steps // 2] * args.batch, args.seed)
+    sampler = Sampler(model, args.batch, len(prompts[0]) + args.steps + 1, args.compile)
+    first = timed(device, lambda: sampler.generate(prompts[:1], args.batch, 2))[0]         # compiles, records, warms up
+    out = {"command": "decode", "first_call_s": first, **describe(args, model)}
+    sampler.generate(prompts, 1, args.steps)
+    seconds, tokens = sampler.stats["decode_seconds"], sampler.stats["tokens"]
+    weights, kv = step_bytes(model.config, itemsize)
+    read, copy = weights + kv * args.batch * args.context, copy_speed(device)
+    speed = read * args.steps / seconds
+    out |= {"tok_s": tokens / seconds, "ms_step": 1e3 * seconds / args.steps, "GB_s": speed / 1e9, "copy_GB_s": copy / 1e9,
+            "share_of_copy": speed / copy, "prefill_tok_s": sampler.stats["prompt_tokens"] / sampler.stats["prefill_seconds"],
+            "recompiles": sampler.stats["recompiles"]}
+    print(f"{tokens} tokens in {seconds:.2f} s: {out['tok_s']:,.1f} tok/s, {out['ms_step']:.2f} ms a step, {out['GB_s']:.1f} GB/s of the "
+          f"{out['copy_GB_s']:.1f} GB/s of a copy ({out['share_of_copy']:.2f})")
+    sampler.stop()
+    if args.versus and (theirs := transformers_model(model)):
+        for name, static in (("dynamic", False), ("static", True)):
+            for _ in range(2 if static and device.type == "cuda" else 1):       # the first call of a compiled step compiles it
+                short = timed(device, lambda static=static: transformers_generate(theirs, prompts, [1], static))[0]
+                long = timed(device, lambda static=static: transformers_generate(theirs, prompts, [args.steps + 1], static))[0]
+            out[f"transformers_{name}_tok_s"] = speed = args.batch * args.steps / max(long - short, 1e-9)
+            print(f"transformers, {name} cache: {speed:,.1f} tok/s; this sampler {out['tok_s'] / speed:.2f}x")
+    print(json.dumps(out))
+
+
+def workload(args):
+    """Ragged requests, first come first served: refilled slots, the same engine in fixed batches, transformers at several batch sizes.
+
+    A response's length stands for the place where a model would have stopped: no side sorts by it. Transformers gets its prompts
+    sorted by length, so that it pads least.
+    """
+    model, device, itemsize = build(args)
+    g = random.Random(args.seed)
+    lengths, limits = ([g.randint(*span) for _ in range(args.requests)] for span in (args.prompt, args.output))
+    prompts, tokens = random_prompts(model.config, lengths, args.seed), sum(limits)
+    sampler = Sampler(model, args.slots, args.prompt[1] + args.output[1] + 1, args.compile)
+    sampler.generate(prompts[:1], 1, 2)                                   # compiles, records, warms up
+    out, turns = {"command": "workload", "requests": args.requests, "tokens": tokens, **describe(args, model)}, {}
+    narrow = sampler.shrink
+    theirs = transformers_model(model) if args.versus else None
+    by_length = sorted(range(args.requests), key=lambda i: lengths[i])
+    batches = [int(b) for b in args.versus_batches.split(",")] if theirs else []
+
+    def ours():
+        sampler.generate(prompts, 1, limits, seed=args.seed, progress="refilled slots")
+        turns.setdefault("stats", sampler.stats)
+
+    def fixed():        # what an engine without refill does: a batch takes as long as its longest row, all of its rows are computed
+        sampler.shrink = False
+        for a in range(0, args.requests, sampler.slots): sampler.generate(prompts[a:a + sampler.slots], 1, limits[a:a + sampler.slots])
+        sampler.shrink = narrow
+
+    def other(size):
+        for a in range(0, args.requests, size):
+            some = by_length[a:a + size]
+            transformers_generate(theirs, [prompts[i] for i in some], [limits[i] for i in some])
+
+    sides = {"refilled": ours} | ({"fixed": fixed} if args.fixed else {}) | {f"transformers_{b}": lambda b=b: other(b) for b in batches}
+    for turn in range(args.repeats):      # in turns, so that what else the machine does falls on every side
+        for name, side in sides.items():
+            turns.setdefault(name, []).append(tokens / timed(device, side)[0])
+            print(f"turn {turn + 1}: {name:16} {turns[name][-1]:,.1f} tok/s", flush=True)
+    stats = turns.pop("stats")
+    weights, kv = step_bytes(model.config, itemsize)
+    attended = sum(n * p + n * (n + 1) // 2 for n, p in zip(limits, lengths, strict=True))
+    bound = (weights * max(max(limits), tokens / sampler.slots) + kv * attended) / copy_speed(device)       # seconds of reading alone
+    out |= {"slots": sampler.slots, "bound_tok_s": tokens / bound, **stats, **{f"{k}_tok_s": max(v) for k, v in turns.items()}}
+    out["share_of_bound"] = out["refilled_tok_s"] / out["bound_tok_s"]
+    best = max((out[f"transformers_{b}_tok_s"] for b in batches), default=None)
+    out |= {"over_fixed": out["refilled_tok_s"] / out["fixed_tok_s"] if args.fixed else None,
+            "over_transformers": out["refilled_tok_s"] / best if best else None}
+    if args.profile: out["outside_matmul"] = outside_matmul(lambda: sampler.generate(prompts[:sampler.slots], 1, 16))
+    for key in ("refilled_tok_s", "occupancy", "share_of_bound", "over_fixed", "over_transformers", "outside_matmul"):
+        if out.get(key) is not None: print(f"{key:20} {out[key]:,.2f}")
+    print(json.dumps(out))
+
+
+def outside_matmul(f):
+    """Share of the operators' own CPU time that is not a matrix product, over one run of f."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile: f()
+    times = {e.key: e.self_cpu_time_total for e in profile.key_averages() if e.key.startswith(("aten::", "mkldnn", "mkl"))}
+    return 1 - sum(t for key, t in times.items() if key in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")) / sum(times.values())
+
+
+def describe(args, model):
+    """What a figure must not be read without."""
+    weight = model.embed.weight
+    name = torch.cuda.get_device_name() if weight.is_cuda else f"cpu, {torch.get_num_threads()} threads"
+    return {"like": args.like, "layers": model.config.n_layers, "dtype": str(weight.dtype).removeprefix("torch."), "device": name,
+            "torch": torch.__version__, "compile": args.compile}
+
+
+def span(text):
+    """"32-256" as (32, 256)."""
+    low, _, high = text.partition("-")
+    if low.isdigit() and high.isdigit() and 0 < int(low) <= int(high): return int(low), int(high)
+    raise argparse.ArgumentTypeError(f"{text}: want a range such as 32-256")
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     sub = p.add_subparsers(required=True, metavar="COMMAND")
@@ -86,6 +276,30 @@ def main(argv=None):
     q.add_argument("--tokenizer", type=Path, help="folder whose tokenizer files are copied beside the weights")
     q.add_argument("--out", help="folder to write (default out/random-LIKE-LAYERS)")
     q.add_argument("--seed", type=int, default=0)
+    for run, text in ((decode, "speed of decoding rows of one length"), (workload, "speed on ragged requests")):
+        q = sub.add_parser(run.__name__, help=text, description=run.__doc__, allow_abbrev=False)
+        q.set_defaults(run=run)
+        q.add_argument("--like", default="qwen3-0.6b", help=f"shape: {', '.join(SHAPES)} (default qwen3-0.6b)")
+        q.add_argument("--layers", type=natural, help="blocks (default: the preset's)")
+        q.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and cache (default bfloat16 on a GPU, else float32)")
+        q.add_argument("--device", default="auto", help="cpu or cuda (default: a GPU when there is one)")
+        q.add_argument("--threads", type=natural, help="CPU threads (default torch's)")
+        q.add_argument("--compile", action="store_true", help="compile the decode step")
+        q.add_argument("--versus", action="store_true", help="time transformers' generate too, when it is installed")
+        q.add_argument("--seed", type=int, default=0)
+        if run is decode:
+            q.add_argument("--batch", type=natural, default=16, help="rows decoded together (default 16)")
+            q.add_argument("--context", type=natural, default=1024, help="tokens a row holds, mean over the run (default 1024)")
+            q.add_argument("--steps", type=natural, default=64, help="tokens decoded a row (default 64)")
+        else:
+            q.add_argument("--requests", type=natural, default=256, help="(default 256)")
+            q.add_argument("--prompt", type=span, default=(100, 1024), help="tokens in, uniform over a range (default 100-1024)")
+            q.add_argument("--output", type=span, default=(100, 1024), help="tokens out, uniform over a range (default 100-1024)")
+            q.add_argument("--slots", type=natural, help="rows decoded together (default: 64, on a GPU what its memory holds, at most 256)")
+            q.add_argument("--fixed", action="store_true", help="time the same engine in fixed batches too")
+            q.add_argument("--versus-batches", default="16,32,64", help="batch sizes for transformers, the best counts (default 16,32,64)")
+            q.add_argument("--repeats", type=natural, default=1, help="turns of every side, the best counts (default 1)")
+            q.add_argument("--profile", action="store_true", help="also the share of CPU time outside matrix products")
     args = p.parse_args(argv)
     args.run(args)
 

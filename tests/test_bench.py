@@ -1,0 +1,94 @@
+"""The benchmarks end to end at toy sizes, what they compute by hand, and the sampler against transformers' generate."""
+import json
+
+import pytest
+import torch
+
+import bench
+from model import Config, Transformer, load
+from rollout import Sampler
+
+TINY = {"tiny": Config("qwen3", 300, 32, 2, 4, 2, 8, 48, tied=True), "tiny-untied": Config("llama", 300, 32, 2, 4, 4, 8, 48)}
+
+
+@pytest.fixture(autouse=True)
+def tiny_shapes(monkeypatch):
+    monkeypatch.setattr(bench, "SHAPES", {k: Config(**vars(v)) for k, v in TINY.items()})
+
+
+def last_line(capsys):
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def test_decode_prints_one_json_object(capsys):
+    bench.main("decode --like tiny --batch 3 --context 20 --steps 8 --device cpu --threads 1".split())
+    out = last_line(capsys)
+    weights, kv = bench.step_bytes(TINY["tiny"], 4)
+    assert out["dtype"] == "float32" and out["layers"] == 2 and out["recompiles"] == 0
+    assert out["tok_s"] * out["ms_step"] == pytest.approx(3 * 1e3)
+    assert out["share_of_copy"] == pytest.approx(out["GB_s"] / out["copy_GB_s"])
+    assert out["GB_s"] * 1e9 == pytest.approx((weights + kv * 3 * 20) / out["ms_step"] * 1e3)
+
+
+def test_bytes_of_a_step():
+    """Weights that a step reads, by hand; an embedding that is no unembedding is not among them."""
+    for name, c in TINY.items():
+        model = Transformer(c)
+        blocks, norm = sum(p.numel() for p in model.blocks.parameters()), c.d_model
+        kv = 2 * c.n_layers * c.n_kv_heads * c.head_dim
+        assert bench.step_bytes(c, 2) == (2 * (blocks + norm + c.vocab_size * c.d_model), 2 * kv), name
+
+
+def test_workload_runs_every_side(capsys):
+    bench.main("workload --like tiny --requests 7 --prompt 2-9 --output 3-12 --slots 2 --fixed --profile --repeats 2 --device cpu "
+               "--threads 1".split())
+    out = last_line(capsys)
+    assert out["occupancy"] == 1.0 and out["slots"] == 2 and 7 * 3 <= out["tokens"] <= 7 * 12
+    assert out["over_fixed"] == pytest.approx(out["refilled_tok_s"] / out["fixed_tok_s"]) and out["over_transformers"] is None
+    assert 0 < out["outside_matmul"] < 1
+
+
+@pytest.mark.parametrize("command, says", [("decode --like nothing", "no such shape; there are tiny"),
+                                           ("decode --like tiny --context 4", "--context 4"),
+                                           ("decode --like tiny --device gpu9", "not usable here")])
+def test_what_cannot_be_measured_is_one_line(command, says):
+    with pytest.raises(ValueError, match=says): bench.main(command.split())
+
+
+@pytest.mark.parametrize("text", ["5", "9-3", "0-4", "a-b", "3-4-5"])
+def test_a_range_that_is_none_is_refused(text, capsys):
+    with pytest.raises(SystemExit) as e: bench.main(["workload", "--prompt", text])
+    assert e.value.code == 2 and "want a range such as 32-256" in capsys.readouterr().err
+
+
+def test_without_transformers_a_line_says_so(capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    bench.main("workload --like tiny --requests 2 --prompt 2-3 --output 2-3 --versus --device cpu --threads 1".split())
+    assert "transformers is not installed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", list(TINY))
+def test_greedy_tokens_are_those_of_transformers(name):
+    """Ragged prompts in one left-padded batch on their side, three slots for eleven rows on ours."""
+    pytest.importorskip("transformers")
+    model = Transformer(TINY[name]).init_weights(0, 0.15)
+    theirs = bench.transformers_model(model)
+    assert theirs.get_output_embeddings().weight.data_ptr() == model.unembedding.data_ptr()      # one set of weights
+    prompts = bench.random_prompts(model.config, [1, 4, 9, 17, 2, 30, 8, 5, 11, 3, 6], 1)
+    ours = Sampler(model, 3, 64).generate(prompts, 1, 30, temperature=0)
+    assert [s.ids for s, in ours] == bench.transformers_generate(theirs, prompts, [30] * 11, greedy=True).tolist()
+
+
+def test_versus_transformers(capsys):
+    pytest.importorskip("transformers")
+    bench.main("workload --like tiny --requests 4 --prompt 2-9 --output 3-12 --versus --versus-batches 2,4 --device cpu "
+               "--threads 1".split())
+    out = last_line(capsys)
+    assert out["over_transformers"] == pytest.approx(out["refilled_tok_s"] / max(out["transformers_2_tok_s"], out["transformers_4_tok_s"]))
+
+
+def test_init_writes_a_folder_that_loads(tmp_path, capsys):
+    bench.main(["init", "--like", "tiny", "--layers", "1", "--out", str(tmp_path / "m")])
+    model = load(tmp_path / "m", torch.bfloat16)
+    assert model.config.n_layers == 1 and model.embed.weight.float().std().item() == pytest.approx(0.02, rel=0.1)
+    assert capsys.readouterr().out.strip().endswith(str(tmp_path / "m"))
