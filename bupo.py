@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from grpo import Batch, collate, kl_to_reference, micro_batches, policy_loss, response_weights, token_logprobs
+import parallel
+from grpo import Batch, Response, collate, kl_to_reference, micro_batches, policy_loss, response_weights, token_logprobs
+
+IDLE = [Response([0], [0], [0.0])]    # what a rank runs while others still have micro-batches: see parallel.in_step
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Schedule:
         return ", then ".join([*parts, "grpo"])
 
 
-def policy_logprobs(model, batch: Batch, layer: int, temperature=1.0, n_vocab=None, chunk=1024, norm="none"):
+def policy_logprobs(model, batch: Batch, layer: int, temperature=1.0, n_vocab=None, chunk=256, norm="none"):
     """Log-probs and entropy [M] of a batch's response tokens under the internal policy of `layer` (L: the model's own).
 
     Response positions are selected before the unembedding, and at l = L before the final norm: prompts and padding never reach the head.
@@ -67,9 +70,9 @@ def policy_logprobs(model, batch: Batch, layer: int, temperature=1.0, n_vocab=No
 def stored_logprobs(model, responses, layer, max_tokens, **policy):
     """Log-probs of every response under the policy of `layer`, without gradient: a list of [len(ids)]; `policy` as for policy_logprobs."""
     out = {}
-    for micro in micro_batches(responses, max_tokens):
-        logprobs, _ = policy_logprobs(model, collate(micro, model.unembedding.device), layer, **policy)
-        out |= zip(map(id, micro), logprobs.split([len(r.ids) for r in micro]), strict=True)
+    for micro in parallel.in_step(micro_batches(responses, max_tokens)):
+        logprobs, _ = policy_logprobs(model, collate(micro or IDLE, model.unembedding.device), layer, **policy)
+        if micro: out |= zip(map(id, micro), logprobs.split([len(r.ids) for r in micro]), strict=True)
     return [out[id(r)] for r in responses]
 
 
@@ -78,8 +81,8 @@ def backward(model, responses, layer, max_tokens, clip_low=0.2, clip_high=0.2, d
     """Gradient of the clipped loss of one mini-batch, accumulated into .grad, and sums of what it saw.
 
     A token's weight in the loss follows from the whole mini-batch, counted here before it is split: the gradient does not depend on
-    `max_tokens` (the padded size of a micro-batch) nor on the order of the responses. Where no old log-probs are stored the ratio is 1
-    and its gradient that of log pi, which is right for the first update on a batch.
+    `max_tokens` (the padded size of a micro-batch), on the order of the responses, nor on the number of ranks they are dealt to. Where
+    no old log-probs are stored the ratio is 1 and its gradient that of log pi, which is right for the first update on a batch.
 
     loss, limit  how tokens are weighed: see grpo.response_weights
     kl           adds kl * k3 against each response's ref_logprobs
@@ -90,9 +93,12 @@ def backward(model, responses, layer, max_tokens, clip_low=0.2, clip_high=0.2, d
     responses = [r for r in responses if r.ids]
     weights = dict(zip(map(id, responses), response_weights([len(r.ids) for r in responses], loss, limit), strict=True))
     total = dict.fromkeys(("loss", "entropy", "clip_low", "clip_high", "kl"), 0.0)
-    for micro in micro_batches(responses, max_tokens):
-        batch = collate(micro, model.unembedding.device)
+    for micro in parallel.in_step(micro_batches(parallel.deal(responses), max_tokens)):
+        batch = collate(micro or IDLE, model.unembedding.device)
         logprobs, entropy = policy_logprobs(model, batch, layer, **policy)
+        if not micro:
+            (0 * logprobs.sum()).backward()
+            continue
         old = logprobs.detach() if micro[0].old_logprobs is None else torch.cat([r.old_logprobs for r in micro])
         surrogate, low, high = policy_loss(logprobs, old, batch.advantages, clip_low, clip_high, dual_clip)
         if tis and layer == model.config.n_layers:
@@ -103,4 +109,4 @@ def backward(model, responses, layer, max_tokens, clip_low=0.2, clip_high=0.2, d
         value = ((surrogate + kl * k3) * weight).sum()
         value.backward()
         for key, x in zip(total, (value, entropy, low, high, k3), strict=True): total[key] += x.detach().sum().item()
-    return {"tokens": sum(len(r.ids) for r in responses), **total}
+    return {"tokens": sum(len(r.ids) for r in responses), **parallel.total(total)}

@@ -39,6 +39,11 @@ def overlong_penalty(length: int, limit: int, buffer: int) -> float:
     return min(0.0, max(-1.0, (limit - buffer - length) / buffer))
 
 
+def _logits(h, E, temperature):
+    z = project(h, E)
+    return z if temperature == 1 else z.div_(temperature)
+
+
 class _TokenLogprobs(torch.autograd.Function):
     """Logits of one chunk at a time, forward and again backward: peak memory is a chunk, not [M,V], for a third more head FLOPs."""
 
@@ -47,11 +52,15 @@ class _TokenLogprobs(torch.autograd.Function):
         logp, entropy, lse = (torch.empty(len(h), device=h.device) for _ in range(3))
         for i in range(0, len(h), chunk):
             part = slice(i, i + chunk)
-            z = project(h[part], E[:n_vocab]).div_(temperature)                      # [chunk, V] float32
-            lse[part] = z.logsumexp(-1)
-            logp[part] = z.gather(1, targets[part, None])[:, 0] - lse[part]
-            z.sub_(lse[part, None])                                                  # log p
-            entropy[part] = -(z.exp() * z).sum(-1)
+            z = _logits(h[part], E[:n_vocab], temperature)                            # [chunk, V] float32
+            top = z.amax(-1, keepdim=True)
+            own = (z.gather(1, targets[part, None]) - top)[:, 0]
+            e = z.sub_(top).exp()
+            total = e.sum(-1)
+            lse[part] = top[:, 0] + total.log()
+            logp[part] = own - total.log()
+            entropy[part] = total.log() - e.mul_(z).sum(-1) / total                   # - sum p ln p, nothing large subtracted
+            del z, e                                                                  # before the next chunk takes its memory
         ctx.save_for_backward(h, E, targets, lse)
         ctx.rest = temperature, n_vocab, chunk
         ctx.mark_non_differentiable(entropy)
@@ -65,16 +74,17 @@ class _TokenLogprobs(torch.autograd.Function):
         dE = torch.zeros_like(E, dtype=torch.float32)
         for i in range(0, len(h), chunk):
             part = slice(i, i + chunk)
-            dz = project(h[part], E[:n_vocab]).div_(temperature).sub_(lse[part, None]).exp_().neg_()    # - softmax
-            dz.scatter_add_(1, targets[part, None], torch.ones_like(dz[:, :1]))                         # + one-hot
-            dz.mul_(grad[part, None] / temperature)
+            slope = grad[part, None] / temperature
+            dz = _logits(h[part], E[:n_vocab], temperature).sub_(lse[part, None]).exp_().mul_(-slope)   # - softmax
+            dz.scatter_add_(1, targets[part, None], slope)                                              # + one-hot
             with torch.autocast(h.device.type, enabled=False):
                 dh[part] = (dz.to(E.dtype) @ E[:n_vocab]).to(h.dtype)
                 dE[:n_vocab].addmm_(dz.t(), h[part].float())
+            del dz
         return dh, dE.to(E.dtype), None, None, None, None
 
 
-def token_logprobs(h, unembedding, targets, temperature=1.0, n_vocab=None, chunk=1024):
+def token_logprobs(h, unembedding, targets, temperature=1.0, n_vocab=None, chunk=256):
     """log softmax(h E_u^T / T)[target] and the entropy of that softmax, without ever holding [M,V].
 
     h            [M,D] states at the positions that produced the targets, selected (and at layer L normed) by the caller
@@ -82,7 +92,7 @@ def token_logprobs(h, unembedding, targets, temperature=1.0, n_vocab=None, chunk
     targets      [M] token ids
     temperature  divides the logits, as in sampling
     n_vocab      rows from here on belong to no token and are left out of the softmax, as in sampling; None keeps all V
-    chunk        rows of logits held at once: chunk * V * 4 bytes
+    chunk        rows of logits held at once: chunk * V * 4 bytes, twice
     returns      (logprobs [M], entropy [M]), float32, in nats; the entropy carries no gradient
     """
     return _TokenLogprobs.apply(h, unembedding, targets, temperature, n_vocab or len(unembedding), chunk)
