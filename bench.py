@@ -5,21 +5,31 @@
 
     python bench.py decode --like qwen3-0.6b --batch 64 --context 1024        tok/s and GB/s of decoding, beside the memory's own speed
     python bench.py workload --like qwen3-0.6b --requests 256                 ragged requests through refilled slots
+    python bench.py logprobs                                                  log-probs without [tokens, V], against full logits
+    python bench.py bupo                                                      an update at layer l against one at full depth
+    python bench.py optimizer                                                 AdamW against AdamW of fewer bytes
+    python bench.py lens                                                      every internal policy, against hooks
 
-Both take --versus: transformers' generate on the same weights, prompts and lengths, in the same process; only such ratios mean
-something on a machine that does other work too. The last line of standard output is one JSON object.
+decode and workload take --versus: transformers' generate on the same weights, prompts and lengths. Both sides of every comparison run in
+turns in one process: only such ratios mean something on a machine that does other work too. The last line printed is one JSON object.
 """
 import argparse
+import gc
 import json
 import random
+import re
 import shutil
 import time
 from pathlib import Path
 
 import torch
 
+from bupo import backward
+from decompose import measure, pick
 from eval import guarded, natural, pick_device
+from grpo import Response, collate, micro_batches, token_logprobs
 from model import HUB, TOKENIZER_FILES, Config, Transformer, hf_tensors, save
+from optimizer import SplitAdamW, bytes_per_parameter
 from rollout import Sampler
 from tokenizer import load as load_tokenizer
 
@@ -259,6 +269,165 @@ def describe(args, model):
             "torch": torch.__version__, "compile": args.compile}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# training and analysis
+
+def peak(device, f):
+    """Bytes that f takes beyond what was held before it: of the GPU's allocator, on a CPU of the process (Linux)."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        f()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")      # the high-water mark starts again from here
+    def held(field): return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    before = held("VmRSS")
+    f()
+    return held("VmHWM") - before
+
+
+def paired(device, sides, repeats):
+    """Median seconds of each side, taken in turns so that what else the machine does falls on all of them."""
+    seconds = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, f in sides.items(): seconds[name].append(timed(device, f)[0])
+    return {name: sorted(s)[len(s) // 2] for name, s in seconds.items()}
+
+
+def logprobs(args):
+    """token_logprobs against full logits and autograd: time of forward and backward, and memory beside h, E and their gradients."""
+    config, device = shape(args.like), torch.device(pick_device(args.device))
+    if args.threads: torch.set_num_threads(args.threads)
+    g = torch.Generator(device).manual_seed(args.seed)
+    V, D = config.vocab_size, config.d_model
+    h, E = (torch.randn(n, D, generator=g, device=device).mul_(s).requires_grad_() for n, s in ((args.tokens, 1), (V, D ** -0.5)))
+    targets = torch.randint(V, (args.tokens,), generator=g, device=device)
+
+    def side(f, backward=True):
+        def run():
+            with torch.set_grad_enabled(backward): out = f().sum()
+            if backward: torch.autograd.grad(out, (h, E))       # given back at once: nothing of it is held when the next side starts
+        return run
+    def ours(n=args.tokens): return token_logprobs(h[:n], E, targets[:n], chunk=args.chunk)[0]
+    def naive(): return (h @ E.T).log_softmax(-1).gather(1, targets[:, None])
+    side(ours)()
+    out = {"command": "logprobs", "tokens": args.tokens, "V": V, "D": D, "chunk": args.chunk, "device": str(device)}
+    seconds = paired(device, {"ours": side(ours), "naive": side(naive)}, args.repeats)
+    memory = {"ours": peak(device, side(ours)), "naive": peak(device, side(naive)), "forward": peak(device, side(ours, False)),
+              "forward of half": peak(device, side(lambda: ours(args.tokens // 2), False))}
+    out |= {"seconds": seconds, "peak_GB": {k: v / 1e9 for k, v in memory.items()}, "time_over_naive": seconds["ours"] / seconds["naive"],
+            "memory_over_naive": memory["ours"] / max(memory["naive"], 1)}
+    print(f"{args.tokens} tokens, V = {V:,}: time {out['time_over_naive']:.2f} of naive, memory {out['memory_over_naive']:.2f}; forward "
+          f"alone {memory['forward'] / 1e9:.2f} GB, of half the tokens {memory['forward of half'] / 1e9:.2f}")
+    print(json.dumps(out))
+
+
+def stack(args):
+    """28 blocks as narrow as --width, all else in qwen3-0.6b's proportions, random weights, and responses that fill --tokens."""
+    device, wide = torch.device(pick_device(args.device)), SHAPES["qwen3-0.6b"]
+    if args.threads: torch.set_num_threads(args.threads)
+    scale = args.width / wide.d_model
+    V, d_mlp = int(wide.vocab_size * scale), int(wide.d_mlp * scale)
+    config = Config("qwen3", V, args.width, wide.n_layers, 4, 2, args.width // 2, d_mlp, tied=True)
+    model, g = empty(config, torch.float32, device).init_weights(args.seed), random.Random(args.seed)
+    rows = [[g.randrange(config.vocab_size) for _ in range(256)] for _ in range(args.tokens // 256)]
+    return model, [Response(r[:64], r[64:], [0.0] * 192, g.choice((-1.0, 1.0))) for r in rows]
+
+
+def bupo(args):
+    """An update at an internal layer against the same at full depth, and against running all blocks to read H^l, as the reference does."""
+    model, responses = stack(args)
+    c, device, l = model.config, model.unembedding.device, args.layer
+
+    def ours(layer):
+        def run():
+            model.zero_grad()
+            backward(model, responses, layer, 2048)
+        return run
+
+    def reference():
+        """Every block and both heads in the forward; the loss is that of H^l."""
+        model.zero_grad()
+        n = sum(len(r.ids) for r in responses)
+        for micro in micro_batches(responses, 2048):
+            b = collate(micro, device)
+            states = [s.resid_post for s in model.stream(b.ids)]
+            with torch.no_grad(): model.unembed(states[-1].flatten(0, 1)[b.at])
+            z = model.unembed(states[l - 1].flatten(0, 1)[b.at], l)
+            ((-z.log_softmax(-1).gather(1, b.targets[:, None])[:, 0] * b.advantages).sum() / n).backward()
+    reference()
+    theirs = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    ours(l)()
+    own = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    apart = max(((own[n] - theirs[n]).norm() / theirs[n].norm()).item() for n in theirs)
+    seconds = paired(device, {"internal": ours(l), "full": ours(c.n_layers), "reference": reference}, args.repeats)
+    body = sum(p.numel() for p in model.blocks.parameters())
+    head = c.vocab_size * c.d_model * (1 - 64 / 256) * 4 / 3        # response positions only, and a fourth product: recomputed logits
+    fraction = (body * l / c.n_layers + head) / (body + head)
+    out = {"command": "bupo", "layer": l, "layers": c.n_layers, "gradients_apart": apart, "same_parameters": own.keys() == theirs.keys(),
+           "seconds": seconds, "flop_fraction": fraction, "time_fraction": seconds["internal"] / seconds["full"],
+           "over_flop_fraction": seconds["internal"] / seconds["full"] / fraction,
+           "faster_than_reference": seconds["reference"] / seconds["internal"]}
+    print(f"layer {l} of {c.n_layers}: {out['time_fraction']:.2f} of the full update's time ({out['over_flop_fraction']:.2f} of its share "
+          f"of FLOPs), {out['faster_than_reference']:.2f}x faster than the reference's way; gradients apart by {apart:.1e}")
+    print(json.dumps(out))
+
+
+def optimizer(args):
+    """Nanoseconds a parameter of one optimizer step: torch's fused AdamW on float32, SplitAdamW on bfloat16."""
+    device, n = torch.device(pick_device(args.device)), args.tokens * 1024
+    if args.threads: torch.set_num_threads(args.threads)
+    sides = {}
+    for name, dtype in (("adamw", torch.float32), ("split-m32", torch.bfloat16), ("split", torch.bfloat16)):
+        p = torch.nn.Parameter(torch.randn(n // 1024, 1024, device=device).mul_(0.02).to(dtype))
+        p.grad = torch.randn_like(p)
+        moment = torch.float32 if name == "split-m32" else torch.float16
+        sides[name] = (torch.optim.AdamW([p], lr=1e-6, fused=True) if name == "adamw" else SplitAdamW([p], moment_dtype=moment)).step
+        sides[name]()
+    seconds = paired(device, sides, args.repeats)
+    out = {"command": "optimizer", "parameters": n, "ns_per_parameter": {k: 1e9 * s / n for k, s in seconds.items()},
+           "bytes_per_parameter": {k: bytes_per_parameter(k) for k in sides}, "device": str(device)}
+    print("ns a parameter: " + ", ".join(f"{k} {v:.2f}" for k, v in out["ns_per_parameter"].items()))
+    print(json.dumps(out))
+
+
+@torch.no_grad()
+def lens(args):
+    """decompose.measure against hooks that keep every state and unembed the input and the output of each block, as the reference does."""
+    config, device = shape(args.like), torch.device(pick_device(args.device))
+    config.n_layers = args.layers or 4
+    if args.threads: torch.set_num_threads(args.threads)
+    model = empty(config, torch.float32, device).init_weights(args.seed)
+    ids = torch.tensor(random_prompts(config, [args.tokens + 1], args.seed)[0])
+
+    def ours(): return pick(measure(model, ids, 1, chunk=args.chunk), "final")
+
+    def reference():
+        """What hooks on attention, MLP and block give, input and output each unembedded, every quantity from its own full log-softmax."""
+        token, kept = ids[1:].to(device)[:, None], []
+        for s in model.stream(ids[None, :-1].to(device)):
+            block = model.blocks[s.layer - 1]
+            kept += [s.resid_pre, block.attn_norm(s.resid_pre), s.attn_out, s.resid_mid]
+            kept += [s.resid_mid, block.mlp_norm(s.resid_mid), s.mlp_out, s.resid_post]
+        final = model.unembed(model.norm(kept[-1])[0], 1).log_softmax(-1)
+        for h in [*kept, None]:
+            logp = final if h is None else model.unembed(h[0], 1).log_softmax(-1)
+            p = logp.exp()
+            entropy, own = -(p * logp).sum(-1), logp.gather(1, token)
+            _ = (logp > own).sum(-1), p.topk(5, -1), (final.exp() * (final - logp)).sum(-1)
+        return entropy
+    close = (torch.as_tensor(ours()) - reference().cpu()).abs().max().item()
+    seconds = paired(device, {"ours": ours, "reference": reference}, args.repeats)
+    memory = {"ours": peak(device, ours), "reference": peak(device, reference)}
+    out = {"command": "lens", "tokens": args.tokens, "layers": config.n_layers, "V": config.vocab_size, "entropies_apart": close,
+           "seconds": seconds, "peak_GB": {k: v / 1e9 for k, v in memory.items()}, "faster": seconds["reference"] / seconds["ours"],
+           "memory": memory["ours"] / max(memory["reference"], 1)}
+    print(f"{args.tokens} tokens, {config.n_layers} layers: {out['faster']:.2f}x faster than the reference's way, "
+          f"{out['memory']:.2f} of its memory")
+    print(json.dumps(out))
+
+
 def span(text):
     """"32-256" as (32, 256)."""
     low, _, high = text.partition("-")
@@ -300,6 +469,23 @@ def main(argv=None):
             q.add_argument("--versus-batches", default="16,32,64", help="batch sizes for transformers, the best counts (default 16,32,64)")
             q.add_argument("--repeats", type=natural, default=1, help="turns of every side, the best counts (default 1)")
             q.add_argument("--profile", action="store_true", help="also the share of CPU time outside matrix products")
+    for run, text, tokens in ((logprobs, "log-probs in chunks against full logits", 1024),
+                              (bupo, "an internal update against a full one", 2048),
+                              (optimizer, "optimizer steps, n x 1024 parameters", 4096), (lens, "decompose.measure against hooks", 512)):
+        q = sub.add_parser(run.__name__, help=text, description=run.__doc__, allow_abbrev=False)
+        q.set_defaults(run=run)
+        q.add_argument("--tokens", type=natural, default=tokens, help=f"(default {tokens})")
+        q.add_argument("--repeats", type=natural, default=3, help="turns of every side, the median counts (default 3)")
+        q.add_argument("--device", default="auto", help="cpu or cuda (default: a GPU when there is one)")
+        q.add_argument("--threads", type=natural, help="CPU threads (default torch's)")
+        q.add_argument("--seed", type=int, default=0)
+        if run in (logprobs, lens):
+            q.add_argument("--like", default="qwen3-0.6b", help="shape whose width and vocabulary are taken (default qwen3-0.6b)")
+            q.add_argument("--chunk", type=natural, default=256 if run is logprobs else 128, help="rows of logits (default %(default)s)")
+        if run is lens: q.add_argument("--layers", type=natural, default=4, help="blocks (default 4)")
+        if run is bupo:
+            q.add_argument("--layer", type=natural, default=7, help="internal layer, of 28 (default 7)")
+            q.add_argument("--width", type=natural, default=128, help="D; all else keeps qwen3-0.6b's proportions (default 128)")
     args = p.parse_args(argv)
     args.run(args)
 

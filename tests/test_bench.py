@@ -92,3 +92,19 @@ def test_init_writes_a_folder_that_loads(tmp_path, capsys):
     model = load(tmp_path / "m", torch.bfloat16)
     assert model.config.n_layers == 1 and model.embed.weight.float().std().item() == pytest.approx(0.02, rel=0.1)
     assert capsys.readouterr().out.strip().endswith(str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize("argv, keys", [
+    (["logprobs", "--like", "toy", "--tokens", "40", "--chunk", "16"], {"time_over_naive", "memory_over_naive", "peak_GB"}),
+    (["bupo", "--tokens", "512", "--width", "16"], {"faster_than_reference", "over_flop_fraction"}),
+    (["optimizer", "--tokens", "4"], {"ns_per_parameter", "bytes_per_parameter"}),
+    (["lens", "--like", "toy", "--tokens", "20", "--layers", "2"], {"faster", "memory"}),
+])
+def test_training_commands_measure_equal_things(argv, keys, capsys, monkeypatch):
+    """Both sides of a comparison compute the same numbers, and the last line is one JSON object."""
+    for name in ("toy", "qwen3-0.6b"): monkeypatch.setitem(bench.SHAPES, name, Config("qwen3", 97, 16, 8, 2, 1, 8, 32, tied=True))
+    bench.main([*argv, "--repeats", "1"])
+    out = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert keys <= out.keys() and out["command"] == argv[0]
+    if argv[0] == "bupo": assert out["same_parameters"] and out["gradients_apart"] < 1e-5
+    if argv[0] == "lens": assert out["entropies_apart"] < 1e-4
