@@ -5,11 +5,13 @@
 
     python eval.py --model qwen3-4b --data aime24 --samples 32
     python eval.py --model out/qwen3-4b/step_000300 --data math500.parquet,aime24 --samples 4 --limit 100
+    torchrun --nproc-per-node 8 eval.py ...                                             questions shared out over 8 GPUs
 
 A difference of a few points on 30 questions is noise: the standard error over questions is printed beside every average.
 """
 import argparse
 import json
+import os
 import re
 import sys
 import time
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+import parallel
 import tokenizer as tokenizers
 from checkpoint import CheckpointError
 from data import DataError, Problem, fingerprint, load_problems
@@ -67,15 +70,19 @@ def encode_prompts(tokenizer, problems, max_prompt_tokens, system=SYSTEM, thinki
 
 
 def answer(sampler, tokenizer, prompts, n, max_new_tokens, temperature=1.0, seed=0, verifier="nanobupo", progress=None):
-    """Sample n responses to each (problem, prompt ids) and grade them: a list of n Answered for each problem."""
-    groups = sampler.generate([ids for _, ids in prompts], n, max_new_tokens, temperature, tokenizer.stop_ids, seed,
-                              n_vocab=min(tokenizer.n_vocab, sampler.model.config.vocab_size), progress=progress)
-    out = []
-    for (problem, ids), samples in zip(prompts, groups, strict=True):
+    """Sample n responses to each (problem, prompt ids) and grade them: a list of n Answered for each problem, in order.
+
+    Of several ranks each answers its share, and all get all.
+    """
+    mine, out = parallel.share(len(prompts)), []
+    groups = sampler.generate([ids for _, ids in prompts[mine]], n, max_new_tokens, temperature, tokenizer.stop_ids, seed,
+                              n_vocab=min(tokenizer.n_vocab, sampler.model.config.vocab_size),
+                              progress=None if parallel.rank() else progress, first=mine.start)
+    for (problem, ids), samples in zip(prompts[mine], groups, strict=True):
         texts = [tokenizer.decode(s.ids[:-1] if s.stopped else s.ids) for s in samples]
         verdicts = [judge(text, problem.answer, verifier) for text in texts]
         out.append([Answered(problem, ids, *rest) for rest in zip(samples, texts, verdicts, strict=True)])
-    return out
+    return parallel.collect(out)
 
 
 def judge(text, gold, verifier) -> Verdict:
@@ -104,9 +111,13 @@ def scores(groups: list[list[Answered]]) -> dict:
 # what the commands share
 
 def guarded(main, argv=None):
-    """Run a command; what goes wrong ends in one line and an exit code: 2 usage, 3 data, 4 checkpoint, 5 numerics, 6 memory, 130 Ctrl-C."""
+    """Run a command; what goes wrong ends in one line and an exit code: 2 usage, 3 data, 4 checkpoint, 5 numerics, 6 memory, 7 another
+    rank died, 130 Ctrl-C."""
     try:
-        return main(argv)
+        parallel.start()
+        out = main(argv)
+        parallel.stop()
+        return out
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     except DataError as e: message, code = e, 3
@@ -115,8 +126,11 @@ def guarded(main, argv=None):
     except (torch.OutOfMemoryError, MemoryError) as e:
         message, code = f"out of memory: lower --micro-tokens or --slots, or shorten --max-new-tokens ({str(e).splitlines()[0][:120]})", 6
     except (ValueError, OSError) as e: message, code = e, 2
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(code)
+    except RuntimeError as e:
+        if not parallel.lost(e): raise
+        message = "another rank ended or does not answer: see what it printed; checkpoints stand, run again to resume"
+        message, code = f"{message} ({str(e).splitlines()[0][:120]})", parallel.LOST
+    parallel.leave(f"{Path(sys.argv[0]).name}: {message}", code)
 
 
 def natural(text):
@@ -171,9 +185,9 @@ def main(argv=None):
     tokenizer = tokenizers.load(model.folder, args.format)
     sampler = Sampler(model, args.slots, args.max_prompt_tokens + args.max_new_tokens)
     out = Path(args.out or f"out/eval-{short_name(args.model)}")
-    out.mkdir(parents=True, exist_ok=True)
+    if parallel.rank() == 0: out.mkdir(parents=True, exist_ok=True)
     results = {**vars(args), "dtype": str(dtype), "device": device, "format": tokenizer.format, "torch": torch.__version__, "sets": {}}
-    with open(out / "samples.jsonl", "w", encoding="utf-8") as samples:
+    with open(os.devnull if parallel.rank() else out / "samples.jsonl", "w", encoding="utf-8") as samples:
         for name, problems in sets.items():
             start = time.time()
             prompts, dropped = encode_prompts(tokenizer, problems, args.max_prompt_tokens, args.system, args.thinking)
@@ -191,7 +205,7 @@ def main(argv=None):
             passes = "  ".join(f"{k} {v:.3f}" for k, v in score.items() if k.startswith("pass@"))
             print(f"{name}: Avg@{args.samples} {score['avg@k']:.3f}{error}  {passes}  ({score['questions']} questions, {dropped} dropped, "
                   f"length {score['mean_length']:.0f}, truncated {score['truncated']:.0%}, {seconds:.0f} s)", flush=True)
-            (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+            if parallel.rank() == 0: (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"written: {out}/results.json and samples.jsonl")
 
 

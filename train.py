@@ -4,17 +4,18 @@
     python train.py --model qwen3-4b --bupo-layer 30                        the real thing, on a GPU
     python train.py --model qwen3-4b --bupo-layer 6 --bupo-steps 30         the paper's Qwen3-4B
     python train.py --model FOLDER --data problems.jsonl --dry-run          plan, first prompt and memory, nothing trained
+    torchrun --nproc-per-node 8 train.py --model qwen3-8b                   8 GPUs; several machines: see parallel.py
 
 Each step samples a group of responses to each of a few problems from the model's own policy, grades them, and takes a few
 optimizer steps on the clipped surrogate. The printed loss is about 0 by construction; watch the reward.
 
 The run folder holds config.json, metrics.jsonl, samples.jsonl, step_000030/ (a Hugging Face folder plus optimizer state) and figures. The
 same command run again resumes from the newest valid step. Exit codes: 0 done, 2 usage, 3 data, 4 checkpoint, 5 numerics, 6 memory,
-130 interrupted.
+7 another rank died, 130 interrupted.
 """
 import argparse
-import copy
 import json
+import os
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 import checkpoint
 import decompose
+import parallel
 import plot
 import tiny
 import tokenizer as tokenizers
@@ -102,7 +104,7 @@ def parser():
     add("--weight-decay", 0.01, "AdamW weight decay")
     add("--grad-clip", 1.0, "norm the gradient is scaled down to")
     add("--micro-tokens", 16384, "padded tokens of one forward and backward: memory, not maths", type=natural)
-    add("--logit-chunk", 1024, "positions whose logits are held at once: chunk x V x 4 bytes, twice", type=natural)
+    add("--logit-chunk", 256, "positions whose logits are held at once: chunk x V x 4 bytes, twice", type=natural)
     add("--optimizer", "adamw", "adamw: float32 weights, 16 bytes a parameter with gradient and moments; split: bfloat16 weights with an "
         "exact float32 master, 12 bytes; split-m32: 14 (see optimizer.py)", choices=tuple(BYTES))
     add("--offload", False, "split: keep the moments in host memory while sampling", action="store_true")
@@ -118,6 +120,7 @@ def parser():
     add("--log-samples", 16, "responses of each step written to samples.jsonl")
     add("--watch-layers", 0, "steps between looks at the internal layer on fixed responses: cosine, entropies, perplexity; 0: none")
     add("--device", "auto", "auto, cpu, cuda")
+    add("--replicas", 1, "with torchrun: machines that hold a full set of weight shards each; 1: one set over all", type=natural)
     add("--dry-run", False, "show plan, first prompt and memory, then stop", action="store_true")
     add("--fresh", False, "start anew; refuses a folder that holds a run unless --overwrite", action="store_true")
     add("--overwrite", False, "with --fresh: delete the run that is there", action="store_true")
@@ -191,7 +194,7 @@ def open_run(args) -> Run:
     if len(bad := unverifiable(problems)) > len(problems) // 100:
         raise DataError(f"{args.data}: {len(bad)} of {len(problems)} gold answers do not verify against themselves "
                         f"(first: {bad[0].answer!r:.60}); their reward would always be 0")
-    model = load(folder or tiny.warm_up(args.out / "warm-up", args.seed), getattr(torch, args.dtype), device)
+    model = load(folder or parallel.on_first(tiny.warm_up, args.out / "warm-up", args.seed), getattr(torch, args.dtype), device)
     model.recompute = args.recompute
     if args.max_new_tokens is None: args.max_new_tokens = 3072 if model.config.family == "llama" else 7168
     if args.max_prompt_tokens + args.max_new_tokens > model.config.max_len:
@@ -200,7 +203,8 @@ def open_run(args) -> Run:
     tokenizer = tokenizers.load(model.folder, args.format)
     prompts, dropped = encode_prompts(tokenizer, problems, args.max_prompt_tokens, args.system, args.thinking)
     if tests: tests = encode_prompts(tokenizer, tests, args.max_prompt_tokens, args.system, args.thinking)[0]
-    sampler = Sampler(model, args.slots, args.max_prompt_tokens + args.max_new_tokens, args.compile)
+    model = parallel.shard(model, args.replicas)
+    sampler = Sampler(parallel.sampling_copy(model), args.slots, args.max_prompt_tokens + args.max_new_tokens, args.compile)
     return Run(args, model, tokenizer, sampler, prompts, tests, dropped, fingerprint(problems))
 
 
@@ -209,14 +213,15 @@ def choose_schedule(run) -> Schedule:
     args = run.args
     if args.bupo_layer == "auto":
         groups = run.respond(run.prompts[:8], 1, 0)
-        layer, evidence = decompose.auto_layer(run.model, [(a.prompt + a.sample.ids, len(a.prompt)) for group in groups for a in group])
+        sequences = [(a.prompt + a.sample.ids, len(a.prompt)) for group in groups for a in group]
+        with run.autocast(): layer, evidence = parallel.on_first(decompose.auto_layer, run.sampler.model, sequences)
         print(f"--bupo-layer auto: layer {layer} ({evidence})")
         args.bupo_layer = str(layer)
     return Schedule.parse(args.bupo_layer, args.bupo_steps, run.model.config.n_layers)
 
 
 def memory_plan(config: Config, args, on_cuda: bool) -> dict[str, float]:
-    """Gigabytes a step needs, by part.
+    """Gigabytes a step needs on each GPU, by part.
 
     Activations kept for the backward are counted as 6 D + 3 (H + 2K) E + 4 d_mlp values a token and block, an estimate; with --recompute
     as D a token and block, and one block's worth of the rest.
@@ -226,7 +231,10 @@ def memory_plan(config: Config, args, on_cuda: bool) -> dict[str, float]:
     tokens, compute = max(args.micro_tokens, row), 2 if on_cuda else size
     kept = 6 * c.d_model + 3 * (c.n_heads + 2 * c.n_kv_heads) * c.head_dim + 4 * c.d_mlp
     per = {"weights": size, "gradients": size, "remainder": 0, "moments": 2 * size} if args.optimizer == "adamw" else BYTES[args.optimizer]
-    plan = {"weights": n * per["weights"], "gradients": n * per["gradients"], "optimizer state": n * (per["moments"] + per["remainder"]),
+    shards, whole = parallel.world() // args.replicas, n * compute + (2 - c.tied) * c.vocab_size * c.d_model * (size - compute)
+    plan = {"weights": n * per["weights"] / shards, "gradients": n * per["gradients"] / shards,
+            "optimizer state": n * (per["moments"] + per["remainder"]) / shards,
+            **({"copy to sample from": whole} if parallel.world() > 1 else {}),
             "KV cache (sampling)": 2 * c.n_layers * args.slots * row * c.n_kv_heads * c.head_dim * compute,
             "activations (training)": tokens * (c.n_layers * c.d_model + kept if args.recompute else c.n_layers * kept) * compute,
             "logit chunks (training)": 2 * min(args.logit_chunk, tokens) * c.vocab_size * 4 + c.vocab_size * c.d_model * 4}
@@ -262,7 +270,7 @@ def make_optimizer(model, args):
     return SplitAdamW(**common, moment_dtype=torch.float32 if args.optimizer == "split-m32" else torch.float16)
 
 
-def resume(run, optimizer) -> int:
+def resume(run, model, optimizer) -> int:
     """Load the newest valid checkpoint of the run folder and rewind its logs; returns the step it stands after, 0 for a new run."""
     args, out = run.args, run.args.out
     checkpoint.clean(out)
@@ -278,7 +286,7 @@ def resume(run, optimizer) -> int:
         if changed and not args.override:
             raise ValueError(f"{out} holds a run with other settings ({'; '.join(changed)}): set them back, name another --out, "
                              "or add --override")
-        step = checkpoint.load(newest, run.model, optimizer, verify=False)["step"]     # `latest` has just verified it
+        step = checkpoint.load(newest, model, optimizer, verify=False)["step"]     # `latest` has just verified it
         print(f"resuming {out} after step {step}", flush=True)
     for log in logs:
         if log.exists(): checkpoint.rewind(log, step)
@@ -301,7 +309,7 @@ def commit():
 def clip_gradients(model, limit) -> torch.Tensor:
     """Scale the gradients down to a joint norm of at most `limit`; returns the norm before, summed in float32 whatever their dtype."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]).norm()
+    norm = torch.stack([parallel.whole(torch.linalg.vector_norm(g, dtype=torch.float32)) for g in grads]).norm()
     for g in grads: g.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
@@ -312,27 +320,29 @@ def update(run, optimizer, groups, layer):
     A mini-batch without any advantage makes no update at all: an optimizer step on zero gradients would still move weights, by decay and
     by old moments.
     """
-    args, responses = run.args, [r for group in groups for r in group]
+    args = run.args
     clip = dict(clip_low=args.clip_low, clip_high=args.clip_high, dual_clip=args.dual_clip or None)
     clip |= dict(loss=args.loss, limit=args.max_new_tokens, kl=args.kl, tis=args.tis or None)
     common = dict(max_tokens=args.micro_tokens, norm=args.internal_norm, **run.policy())
-    minis = [[r for group in groups[i:i + args.mini_prompts] for r in group] for i in range(0, len(groups), args.mini_prompts)]
+    minis = [[r for group in groups[i:i + args.mini_prompts] for r in group if r.ids] for i in range(0, len(groups), args.mini_prompts)]
+    mine = [r for mini in minis for r in parallel.deal(mini)]      # `backward` deals them to the same ranks
     for name, model in (("old_logprobs", run.model if len(minis) > 1 else None), ("ref_logprobs", run.reference)):
         if model is None: continue
-        for r, logprobs in zip(responses, stored_logprobs(model, responses, layer, **common), strict=True): setattr(r, name, logprobs)
+        for r, logprobs in zip(mine, stored_logprobs(model, mine, layer, **common), strict=True): setattr(r, name, logprobs)
     sums, norms = {}, []
     for mini in minis:
         if all(r.advantage == 0 for r in mini): continue
         seen = backward(run.model, mini, layer, **clip, **common)
         norm = clip_gradients(run.model, args.grad_clip)
         if not torch.isfinite(norm):
-            bad = (n for n, p in run.model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all())
+            bad = (n for n, p in run.model.named_parameters() if p.grad is not None and not parallel.whole(p.grad).isfinite().all())
             raise FloatingPointError(f"the gradient is not finite (first in {next(bad, 'its norm')}): nothing was updated, and the last "
                                      "checkpoint stands; lower --lr and resume with --override")
         optimizer.step()
         optimizer.zero_grad()      # to None, not to zeros: AdamW must not see the blocks above an internal layer
         norms.append(norm.item())
         for k, v in seen.items(): sums[k] = sums.get(k, 0) + v
+    parallel.refresh(run.model, run.sampler.model)
     return sums, norms
 
 
@@ -437,7 +447,8 @@ def watch(run, out) -> dict:
     layer = run.schedule.phases[0][0] if run.schedule.phases else (run.model.config.n_layers + 1) // 2
     with open(out / "samples.jsonl", encoding="utf-8") as f: first = [r for r in map(json.loads, f) if r["step"] == 1]
     start = time.time()
-    seen = decompose.watch(run.model, [(r["prompt_ids"] + r["ids"], len(r["prompt_ids"])) for r in first if r["ids"]], layer)
+    sequences = [(r["prompt_ids"] + r["ids"], len(r["prompt_ids"])) for r in first if r["ids"]]
+    with run.autocast(): seen = decompose.watch(run.sampler.model, sequences, layer)
     return {**seen, "time/watch": time.time() - start}
 
 
@@ -452,9 +463,10 @@ def result(rows, schedule):
 def train(run, optimizer, start, setup_seconds):
     """The loop, from the step after `start` to the last; returns the rows of metrics.jsonl, those of an earlier session included."""
     args, out = run.args, run.args.out
-    with open(out / "metrics.jsonl", "a+", encoding="utf-8") as metrics, open(out / "samples.jsonl", "a", encoding="utf-8") as samples:
+    files = [os.devnull if parallel.rank() else out / name for name in ("metrics.jsonl", "samples.jsonl")]
+    with open(files[0], "a+", encoding="utf-8") as metrics, open(files[1], "a", encoding="utf-8") as samples:
         metrics.seek(0)
-        rows = [json.loads(line) for line in metrics]
+        rows = parallel.on_first(lambda: [json.loads(line) for line in metrics])
 
         def log(row):
             rows.append(row)
@@ -464,14 +476,15 @@ def train(run, optimizer, start, setup_seconds):
         if run.tests and not rows:
             log({"step": 0, **evaluate(run), "time/setup": setup_seconds})
             print(f"held-out accuracy before training: {rows[0]['eval/accuracy']:.3f}", flush=True)
-        bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, unit="step", disable=not sys.stderr.isatty())
+        bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, unit="step",
+                   disable=parallel.rank() > 0 or not sys.stderr.isatty())
         for step in bar:
             row, answered = step_once(run, optimizer, step)
             if run.tests and (step == args.steps or (args.eval_every and step % args.eval_every == 0)): row |= evaluate(run)
             if step == start + 1: tqdm.write(f"first response (reward {answered[0]['reward']:g}):\n{answered[0]['response']}")
             for a in answered[:args.log_samples]: samples.write(json.dumps(a, ensure_ascii=False) + "\n")
             samples.flush()
-            if args.watch_layers and (step % args.watch_layers == 0 or step == 1): row |= watch(run, out)
+            if args.watch_layers and (step % args.watch_layers == 0 or step == 1): row |= parallel.on_first(watch, run, out)
             log(row)
             line = (f"reward {row['reward']:.3f}  length {row['completions/mean_length']:.0f}  entropy {row.get('entropy', 0):.2f}  "
                     f"layer {row['inter/layer']}  {row['num_tokens'] / max(row['time/rollout'], 1e-9):,.0f} tok/s"
@@ -479,22 +492,30 @@ def train(run, optimizer, start, setup_seconds):
             if bar.disable: print(f"step {step}/{args.steps}  {line}", flush=True)
             else: bar.set_postfix_str(line)
             if step % args.save_every == 0 or step == args.steps:
-                checkpoint.save(out, step, run.model, optimizer, {"step": step}, tokenizer_from=run.model.folder, keep=args.keep)
+                gathered = parallel.gather(run.model, optimizer)
+                parallel.on_first(checkpoint.save, out, step, *gathered, {"step": step}, tokenizer_from=run.model.folder, keep=args.keep)
+                del gathered
     return rows
 
 
 def main(argv=None):
     args, began = parse(argv), time.time()
-    with nullcontext() if args.dry_run else checkpoint.lock(args.out):
+    with nullcontext() if args.dry_run or parallel.rank() else checkpoint.lock(args.out):
         run = open_run(args)
         run.schedule = choose_schedule(run)
         show_plan(run)
         if args.dry_run: return
-        if args.kl: run.reference = copy.deepcopy(run.model).requires_grad_(False)     # before a resume: the starting weights
+        if args.kl:     # to the starting weights, of a resumed run too
+            reference = load(run.model.folder, getattr(torch, args.dtype), pick_device(args.device)).requires_grad_(False)
+            run.reference = parallel.shard(reference, args.replicas)
         optimizer = make_optimizer(run.model, args)
-        start = resume(run, optimizer)
+        gathered = parallel.gather(run.model, optimizer)
+        start = parallel.on_first(resume, run, *gathered)
+        if start: parallel.scatter(*gathered, run.model, optimizer)
+        parallel.refresh(run.model, run.sampler.model)
+        del gathered
         rows = train(run, optimizer, start, time.time() - began)
-        plot.training(args.out / "metrics.jsonl", args.out / "training.png")
+        parallel.on_first(plot.training, args.out / "metrics.jsonl", args.out / "training.png")
     print(f"written: {args.out}/ (metrics.jsonl, samples.jsonl, training.png, checkpoints)")
     if line := result(rows, run.schedule): print(line)
 

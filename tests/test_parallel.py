@@ -1,0 +1,328 @@
+"""Two processes against one: gradients, weights, metrics, samples, checkpoints; and one of the two dying.
+
+Everything here runs on CPUs through gloo. What one process does is computed in the test; two ranks do the same in processes of their
+own, side by side, and leave their results in files. The model is random and its reward a coin, as in test_train.py.
+"""
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from test_train import CONFIG, coin, flags, rows
+
+import bupo
+import checkpoint
+import eval as evaluation
+import parallel
+import tiny
+import train
+from grpo import Response, micro_batches
+from model import Transformer, load, save
+
+SLACK = ("--micro-tokens", "40")      # several micro-batches an update, and not equally many on both ranks
+
+
+def launch(job, folder, timeout=120, **env):
+    """Run `job(folder)` of this file on two ranks; returns the two exit codes and what each said on stderr."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", **env,
+              "PYTHONPATH": os.pathsep.join([str(Path(train.__file__).parent), str(Path(__file__).parent)])}
+    ranks = [subprocess.Popen([sys.executable, __file__, job, str(folder)], env={**common, "RANK": str(r), "LOCAL_RANK": str(r)},
+                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for r in range(2)]
+    try:
+        said = [ranks[0].communicate(timeout=timeout)[1]]
+        if ranks[0].returncode: ranks[1].kill()      # what torchrun does; it may be hanging on purpose
+        said.append(ranks[1].communicate(timeout=timeout)[1])
+    finally:
+        for p in ranks: p.kill()
+    return [p.returncode for p in ranks], said
+
+
+def toss():
+    """The coin in place of the verifier, for good: in a process of its own there is nothing to restore."""
+    evaluation.judge, train.reward = coin, lambda a, args: float(a.verdict.correct)
+
+
+def arguments(folder, name, *more, **change):
+    change = {"lr": 1e-4, "steps": 3, "prompts": 5, "mini-prompts": 3, "eval-every": 1} | change
+    f = flags(folder / "model", folder / name, *SLACK, *more, **change)
+    return [str(x) for x in f]
+
+
+def batch_of(n=9):
+    """Responses of unequal length whose advantages do not cancel."""
+    g = torch.Generator().manual_seed(0)
+    return [Response([1, 2, 3], torch.randint(0, 260, (3 + i % 5,), generator=g).tolist(), [], (-1.0) ** i + 0.3 * i) for i in range(n)]
+
+
+def gradients(folder, tied, replicas=1):
+    """Loss and gradients of an internal and of the whole policy by `bupo.backward`, and the modules that ranks gather for it."""
+    model = parallel.shard(load(folder / ("model" if tied else "untied")), replicas)
+    names = {id(m): n for n, m in model.named_modules()}
+    out = {}
+    for layer in (1, CONFIG.n_layers):
+        gathered = set()
+        with watching(model, lambda m, into=gathered: into.add(names[id(m)])):
+            seen = bupo.backward(model, batch_of(), layer, 20)
+        norm = train.clip_gradients(model, 1.0)
+        grads = {n: None if p.grad is None else parallel.whole(p.grad).clone() for n, p in model.named_parameters()}
+        out[layer] = {"seen": seen, "norm": norm, "grads": grads, "gathered": gathered}
+        model.zero_grad()
+    return out
+
+
+def watching(model, note):
+    """Note every module whose parameters are gathered while this is on."""
+    if parallel.world() == 1: return mock.patch.object(model, "folder", None)
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+    real = FSDPParamGroup.unshard
+
+    def unshard(self, *a, **k):
+        for m in self.modules: note(m)
+        return real(self, *a, **k)
+    return mock.patch.object(FSDPParamGroup, "unshard", unshard)
+
+
+def round_trip(folder):
+    """Weights and moments through `gather` and `scatter`, after looks that leave the embedding gathered; 1 is added on the way."""
+    model = parallel.shard(load(folder / "model"))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    bupo.backward(model, batch_of(), 1, 20)
+    optimizer.step()
+    optimizer.zero_grad()
+
+    def look(): return [x.sum().item() for x in bupo.stored_logprobs(model, batch_of(2), CONFIG.n_layers, 100)]
+    looks = [look()]
+    plain, flat = parallel.gather(model, optimizer)
+    held = len(flat.state) if flat else None
+    if plain:
+        with torch.no_grad():
+            plain.blocks[0].o.weight.add_(1)
+            flat.state[plain.embed.weight]["exp_avg"].add_(1)
+    looks.append(look())
+    parallel.scatter(plain, flat, model, optimizer)
+    looks.append(look())
+    again, flat = parallel.gather(model, optimizer)
+    if plain: looks.append([torch.equal(p, q) for p, q in zip(plain.parameters(), again.parameters(), strict=True)])
+    moment = flat.state[again.embed.weight]["exp_avg"].mean().item() if flat else None
+    return {"looks": looks, "held": (held, flat and len(flat.state)), "moment": moment}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what the ranks do
+
+def do_everything(folder):
+    """One start for all that ends well: starting Python twice takes longer than the rest."""
+    parallel.start()
+    found = {"tied": gradients(folder, True), "untied": gradients(folder, False), "replicas": gradients(folder, True, 2)}
+    try:
+        parallel.on_first(lambda: [] if parallel.rank() else int("disk full"))
+    except ValueError as e:
+        found["error"] = str(e)
+    found["round_trip"] = round_trip(folder)
+    found["counts"] = [len(micro_batches(parallel.deal(batch_of()), 20)), parallel.total({"x": 1.5, "y": parallel.rank()})]
+    torch.save(found, folder / f"found-{parallel.rank()}.pt")
+    train.main(arguments(folder, "two"))
+    train.main(arguments(folder, "one-then-two"))                                    # resumes what one process left after step 2
+    train.main(arguments(folder, "variants-two", *VARIANTS, steps=2))
+    train.main(arguments(folder, "narrow-two", *NARROW))
+    evaluation.main(evaluate(folder, "eval-two"))
+    parallel.stop()
+
+
+def do_die(folder):
+    """Rank 1 is killed at the start of its second checkpoint, when rank 0 waits for its shards."""
+    real, calls = parallel.gather, []
+
+    def gather(*a):
+        calls.append(a)
+        if parallel.rank() and len(calls) == 3: os.kill(os.getpid(), signal.SIGKILL)        # the first is before the first step
+        return real(*a)
+    with mock.patch.object(parallel, "gather", gather): evaluation.guarded(train.main, arguments(folder, "died"))
+
+
+def do_hang(folder):
+    """Rank 1 falls silent in its second update."""
+    real, calls = bupo.backward, []
+
+    def backward(*a, **k):
+        calls.append(a)
+        if parallel.rank() and len(calls) == 2: time.sleep(600)
+        return real(*a, **k)
+    with mock.patch.object(train, "backward", backward): evaluation.guarded(train.main, arguments(folder, "hung"))
+
+
+def do_mistake(folder):
+    evaluation.guarded(train.main, arguments(folder, "mistake", **{"bupo-layer": 9}))
+
+
+VARIANTS = ("--bupo-steps", "1", "--refills", "2", "--kl", "0.1", "--advantage", "reinforce++", "--loss", "seq-mean", "--recompute",
+            "--watch-layers", "1")
+NARROW = ("--prompts", "1", "--bupo-steps", "1")      # one of the ranks has nothing to sample
+
+
+def evaluate(folder, name):
+    return [str(x) for x in ("--model", folder / "model", "--data", folder / "model/problems.jsonl", "--samples", 3, "--limit", 5,
+                             "--max-new-tokens", 8, "--system", "", "--out", folder / name, "--max-prompt-tokens", 16)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what one process does, and the comparison
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The same work by two ranks and by one process, all in one folder."""
+    folder = tmp_path_factory.mktemp("parallel")
+    save(Transformer(CONFIG).init_weights(0, 0.3), folder / "model")
+    untied = type(CONFIG)(**{**CONFIG.__dict__, "tied": False, "vocab_size": 261})       # an odd number of rows for two ranks
+    save(Transformer(untied).init_weights(1, 0.3), folder / "untied")
+    tiny.write_tokenizer(folder / "model")
+    (folder / "model/problems.jsonl").write_text("".join(json.dumps({"problem": f"{i}+1", "answer": str(i + 1)}) + "\n" for i in range(10)))
+    with mock.patch.object(evaluation, "judge", coin), mock.patch.object(train, "reward", lambda a, args: float(a.verdict.correct)):
+        train.main(arguments(folder, "one"))
+        train.main(arguments(folder, "one-then-two", steps=2))
+        train.main(arguments(folder, "variants-one", *VARIANTS, steps=2))
+        train.main(arguments(folder, "narrow-one", *NARROW))
+        evaluation.main(evaluate(folder, "eval-one"))
+        codes, said = launch("everything", folder)
+        assert codes == [0, 0], "\n".join(said)
+        shutil.copytree(folder / "two", folder / "two-then-one")
+        shutil.rmtree(folder / "two-then-one/step_000003")
+        train.main(arguments(folder, "two-then-one"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    return [torch.load(folder / f"found-{r}.pt") for r in range(2)]
+
+
+@pytest.mark.parametrize("layout", ["tied", "untied", "replicas"])
+@pytest.mark.parametrize("layer", [1, CONFIG.n_layers])
+def test_loss_and_gradients_are_those_of_one_process(folder, found, layout, layer):
+    one = gradients(folder, layout != "untied")[layer]
+    for two in (f[layout][layer] for f in found):
+        assert two["seen"] == pytest.approx(one["seen"], abs=1e-6, rel=1e-6) and abs(two["norm"] - one["norm"]) < 1e-6 * one["norm"]
+        for name, mine in one["grads"].items():
+            if mine is None: assert two["grads"][name] is None, name
+            else: assert (two["grads"][name] - mine).abs().max() < 1e-6, name
+
+
+def test_an_internal_phase_gathers_no_block_above(found):
+    for f in found:
+        assert f["tied"][1]["gathered"] == {"", "blocks.0"} and f["tied"][3]["gathered"] == {"", "blocks.0", "blocks.1", "blocks.2"}
+        assert [n for n, g in f["tied"][1]["grads"].items() if g is None and not n.startswith(("blocks.1.", "blocks.2.", "norm."))] == []
+
+
+def test_ranks_had_unequal_work_and_exchange_sums_and_errors(found):
+    assert found[0]["counts"][0] != found[1]["counts"][0]                # so that idle micro-batches were part of the test above
+    for f in found: assert f["counts"][1] == {"x": 3.0, "y": 1.0} and "disk full" in f["error"]
+
+
+def test_what_is_gathered_and_changed_comes_back_to_the_shards(found):
+    looks, held, moment = (found[0]["round_trip"][k] for k in ("looks", "held", "moment"))
+    assert looks[0] == looks[1] and all(abs(a - b) > 0.1 for a, b in zip(looks[1], looks[2], strict=True)) and all(looks[3])
+    assert held[0] == held[1] > 5 and moment == pytest.approx(1, abs=0.1)
+    assert found[1]["round_trip"]["looks"] == looks[:3]
+
+
+def near(a, b):
+    return a == pytest.approx(b, rel=1e-4, abs=1e-6) if isinstance(a, float) else a == b
+
+
+@pytest.mark.parametrize("one, two", [("one", "two"), ("one", "one-then-two"), ("one", "two-then-one"), ("variants-one", "variants-two"),
+                                      ("narrow-one", "narrow-two")])
+def test_runs_are_those_of_one_process(folder, one, two):
+    """Metrics, samples, weights and moments after two internal steps and a whole one; resumed with more and with fewer ranks, too."""
+    a, b = rows(folder / one), rows(folder / two)
+    assert [r.keys() for r in a] == [r.keys() for r in b]
+    wrong = [(x["step"], k, v, y[k]) for x, y in zip(a, b, strict=True) for k, v in x.items() if not near(v, y[k])]
+    assert not wrong and a[-1]["step"] >= 2 and all(r["updates"] for r in a[1:])
+    a, b = ([{k: v for k, v in r.items() if k != "logprobs"} for r in rows(folder / n, "samples.jsonl")] for n in (one, two))
+    assert len(a) >= 12 and a == b
+    last = f"step_{rows(folder / one)[-1]['step']:06d}"
+    optimizer = {}
+    for name in (one, two):
+        model = Transformer(CONFIG)
+        optimizer[name] = torch.optim.AdamW(model.parameters(), fused=True)
+        checkpoint.load(folder / name / last, model, optimizer[name])
+    ours, theirs = (optimizer[n].param_groups[0]["params"] for n in (one, two))
+    start = list(load(folder / "model").parameters())
+    for p, q, before in zip(ours, theirs, start, strict=True):
+        assert (p - q).abs().max() < 1e-6 and (p - before).abs().max() > 5e-5
+        x, y = (optimizer[n].state[t] for n, t in ((one, p), (two, q)))
+        assert x.keys() == y.keys() == {"step", "exp_avg", "exp_avg_sq"} and x["step"] == y["step"]
+        assert all((x[k] - y[k]).abs().max() < 1e-6 for k in ("exp_avg", "exp_avg_sq"))
+
+
+def test_a_checkpoint_of_two_ranks_has_the_files_of_one_process(folder):
+    files = [sorted(str(p.relative_to(folder / n)) for p in (folder / n).rglob("*") if p.is_file()) for n in ("one", "two")]
+    assert files[0] == files[1] and any("optim" in f for f in files[0])
+    internal = [checkpoint.load(folder / n / "step_000002", model := Transformer(CONFIG),
+                                optimizer := torch.optim.AdamW(model.parameters())) and len(optimizer.state) for n in ("one", "two")]
+    assert internal[0] == internal[1] < len(list(Transformer(CONFIG).parameters()))       # blocks above the layer had no state yet
+
+
+def test_eval_shares_its_questions(folder):
+    one, two = (json.loads((folder / n / "results.json").read_text())["sets"].popitem()[1] for n in ("eval-one", "eval-two"))
+    assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in two.items() if k != "seconds"} and one["questions"] == 5
+    one, two = ((folder / n / "samples.jsonl").read_text() for n in ("eval-one", "eval-two"))
+    assert one == two and len(one.splitlines()) == 15
+
+
+@pytest.mark.parametrize("n, world", [(5, 2), (1, 4), (128, 8), (7, 3), (0, 2)])
+def test_shares_are_whole_and_even(n, world, monkeypatch):
+    shares = []
+    monkeypatch.setattr(parallel, "world", lambda: world)
+    for r in range(world):
+        monkeypatch.setattr(parallel, "rank", lambda r=r: r)
+        shares.append(list(range(n))[parallel.share(n)])
+    assert sum(shares, []) == list(range(n)) and max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one of two dies
+
+@pytest.mark.parametrize("job, name, kept", [("die", "died", ["step_000001"]), ("hang", "hung", [])])
+def test_a_lost_rank_ends_the_other_and_leaves_nothing_half_written(folder, job, name, kept):
+    """Killed while its shards are gathered for a checkpoint; or alive and silent, which the timeout ends."""
+    start = time.time()
+    codes, said = launch(job, folder, **({"NANOBUPO_TIMEOUT": "5"} if job == "hang" else {}))
+    assert codes == [parallel.LOST, -signal.SIGKILL], said
+    line, = (line for line in said[0].splitlines() if "another rank" in line)
+    assert "run again" in line and "Traceback" not in said[0] and time.time() - start < 60
+    assert sorted(p.name for p in (folder / name).iterdir() if p.name.startswith(("step", "."))) == kept
+    assert all(checkpoint.problem(folder / name / k) == "" for k in kept)
+
+
+def test_a_mistake_is_one_line_of_rank_0(folder):
+    codes, said = launch("mistake", folder)
+    assert codes[0] == 2 and "layers 1 to 3" in said[0] and len(said[0].strip().splitlines()) == 1 and said[1] == ""
+
+
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_replicas_that_do_not_divide_the_ranks_are_refused(replicas):
+    with pytest.raises(ValueError, match="number of processes, 1"): parallel.shard(Transformer(CONFIG), replicas)
+
+
+@pytest.mark.parametrize("seconds", ["soon", "0", "-1"])
+def test_a_bad_timeout_is_refused(monkeypatch, seconds):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("NANOBUPO_TIMEOUT", seconds)
+    with pytest.raises(ValueError, match="NANOBUPO_TIMEOUT"): parallel.start()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    toss()
+    globals()[f"do_{sys.argv[1]}"](Path(sys.argv[2]))
