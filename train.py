@@ -11,16 +11,17 @@ optimizer steps on the clipped surrogate. The printed loss is about 0 by constru
 
 The run folder holds config.json, metrics.jsonl, samples.jsonl, step_000030/ (a Hugging Face folder plus optimizer state) and figures. The
 same command run again resumes from the newest valid step. Exit codes: 0 done, 2 usage, 3 data, 4 checkpoint, 5 numerics, 6 memory,
-7 another rank died, 130 interrupted.
+7 another rank died, 75 ended by SIGTERM with its state saved, 130 by Ctrl-C.
 """
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -148,6 +149,42 @@ def parse(argv=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # before the first step
 
+class Stopped(BaseException):
+    """A first SIGTERM or Ctrl-C came while nothing would be lost by leaving."""
+
+
+class Signals:
+    """What SIGTERM and Ctrl-C do in the loop: sampling and evaluation are left at once, an update or a save is finished first; then the
+    last whole step is saved and the process ends with 75 or 130. A second signal ends it on the spot; the last checkpoint stands.
+
+    Under torchrun, which ends all ranks together, signals keep their usual meaning.
+    """
+
+    def __init__(self): self.got, self.leave = None, False
+
+    def __enter__(self):
+        numbers = (signal.SIGTERM, signal.SIGINT) if parallel.world() == 1 else ()
+        self.before = {number: signal.signal(number, self.take) for number in numbers}
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items(): signal.signal(number, handler)
+
+    def take(self, number, frame):
+        self.got = number
+        self.__exit__()
+        if self.leave: raise Stopped
+
+    @contextmanager
+    def may_leave(self):
+        """Work that is worth nothing half done, and costs nothing to leave."""
+        if self.got: raise Stopped
+        self.leave = True
+        try:
+            yield
+        finally:
+            self.leave = False
+
+
 @dataclass
 class Run:
     """What a run works with, opened once."""
@@ -161,6 +198,7 @@ class Run:
     data_sha256: str
     schedule: Schedule | None = None
     reference: Transformer | None = None    # the starting model, with a KL term only
+    signals: Signals = field(default_factory=Signals)
 
     @property
     def n_vocab(self):
@@ -174,7 +212,7 @@ class Run:
     def respond(self, pairs, n, *name, bar=None):
         """n graded responses to each (problem, prompt ids), drawn with the noise of (seed, *name)."""
         a = self.args
-        with self.autocast():
+        with self.signals.may_leave(), self.autocast():
             return answer(self.sampler, self.tokenizer, pairs, n, a.max_new_tokens, a.temperature, fold(a.seed, *name), a.verifier, bar)
 
     def policy(self):
@@ -460,6 +498,15 @@ def result(rows, schedule):
     return f"accuracy {scores[0][0]:.2f} -> {scores[-1][0]:.2f} on {scores[-1][1]} held-out problems in {seconds:.0f} s ({schedule})"
 
 
+def show(row, bar, steps):
+    """A step in the progress bar, or on a line of its own where there is no terminal."""
+    line = (f"reward {row['reward']:.3f}  length {row['completions/mean_length']:.0f}  entropy {row.get('entropy', 0):.2f}  "
+            f"layer {row['inter/layer']}  {row['num_tokens'] / max(row['time/rollout'], 1e-9):,.0f} tok/s"
+            + (f"  accuracy {row['eval/accuracy']:.3f}" if "eval/accuracy" in row else ""))
+    if bar.disable: print(f"step {row['step']}/{steps}  {line}", flush=True)
+    else: bar.set_postfix_str(line)
+
+
 def train(run, optimizer, start, setup_seconds):
     """The loop, from the step after `start` to the last; returns the rows of metrics.jsonl, those of an earlier session included."""
     args, out = run.args, run.args.out
@@ -473,28 +520,36 @@ def train(run, optimizer, start, setup_seconds):
             metrics.write(json.dumps(row) + "\n")
             metrics.flush()
 
+        def save(step):
+            gathered = parallel.gather(run.model, optimizer)
+            parallel.on_first(checkpoint.save, out, step, *gathered, {"step": step}, tokenizer_from=run.model.folder, keep=args.keep)
+
         if run.tests and not rows:
             log({"step": 0, **evaluate(run), "time/setup": setup_seconds})
             print(f"held-out accuracy before training: {rows[0]['eval/accuracy']:.3f}", flush=True)
         bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, unit="step",
                    disable=parallel.rank() > 0 or not sys.stderr.isatty())
-        for step in bar:
-            row, answered = step_once(run, optimizer, step)
-            if run.tests and (step == args.steps or (args.eval_every and step % args.eval_every == 0)): row |= evaluate(run)
-            if step == start + 1: tqdm.write(f"first response (reward {answered[0]['reward']:g}):\n{answered[0]['response']}")
-            for a in answered[:args.log_samples]: samples.write(json.dumps(a, ensure_ascii=False) + "\n")
-            samples.flush()
-            if args.watch_layers and (step % args.watch_layers == 0 or step == 1): row |= parallel.on_first(watch, run, out)
-            log(row)
-            line = (f"reward {row['reward']:.3f}  length {row['completions/mean_length']:.0f}  entropy {row.get('entropy', 0):.2f}  "
-                    f"layer {row['inter/layer']}  {row['num_tokens'] / max(row['time/rollout'], 1e-9):,.0f} tok/s"
-                    + (f"  accuracy {row['eval/accuracy']:.3f}" if "eval/accuracy" in row else ""))
-            if bar.disable: print(f"step {step}/{args.steps}  {line}", flush=True)
-            else: bar.set_postfix_str(line)
-            if step % args.save_every == 0 or step == args.steps:
-                gathered = parallel.gather(run.model, optimizer)
-                parallel.on_first(checkpoint.save, out, step, *gathered, {"step": step}, tokenizer_from=run.model.folder, keep=args.keep)
-                del gathered
+        done = saved = start
+        try:
+            for step in bar:
+                row, answered = step_once(run, optimizer, step)
+                done = step
+                if run.tests and (step == args.steps or (args.eval_every and step % args.eval_every == 0)):
+                    with suppress(Stopped): row |= evaluate(run)      # a signal is heeded once the step is logged
+                if step == start + 1: tqdm.write(f"first response (reward {answered[0]['reward']:g}):\n{answered[0]['response']}")
+                for a in answered[:args.log_samples]: samples.write(json.dumps(a, ensure_ascii=False) + "\n")
+                samples.flush()
+                if args.watch_layers and (step % args.watch_layers == 0 or step == 1): row |= parallel.on_first(watch, run, out)
+                log(row)
+                show(row, bar, args.steps)
+                if step % args.save_every == 0 or step == args.steps:
+                    save(step)
+                    saved = step
+                if run.signals.got: raise Stopped
+        except Stopped:
+            if done > saved: save(done)
+            print(f"stopped after step {done}, which is saved: the same command goes on from there", file=sys.stderr)
+            sys.exit(130 if run.signals.got == signal.SIGINT else 75)
     return rows
 
 
@@ -514,7 +569,7 @@ def main(argv=None):
         if start: parallel.scatter(*gathered, run.model, optimizer)
         parallel.refresh(run.model, run.sampler.model)
         del gathered
-        rows = train(run, optimizer, start, time.time() - began)
+        with run.signals: rows = train(run, optimizer, start, time.time() - began)
         parallel.on_first(plot.training, args.out / "metrics.jsonl", args.out / "training.png")
     print(f"written: {args.out}/ (metrics.jsonl, samples.jsonl, training.png, checkpoints)")
     if line := result(rows, run.schedule): print(line)

@@ -1,5 +1,6 @@
 """The loop on a small random model whose reward is a coin tossed by its response: files, resume, phases, refusals."""
 import json
+import signal
 import subprocess
 import sys
 import zlib
@@ -185,6 +186,34 @@ def test_kl_variant_runs_and_is_zero_at_the_start(folder, tmp_path):
     train.main(flags(folder, tmp_path / "r", steps=2, kl=0.1, **{"mini-prompts": 4, "loss": "seq-mean", "advantage": "rloo", "tis": 2}))
     first, second = rows(tmp_path / "r")[1:]
     assert first.get("kl", 0) < 1e-9 < second["kl"]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("where, step", [("sampling", 2), ("update", 3), ("saving", 3), ("evaluation", 3)])
+def test_a_signal_saves_the_last_whole_step(finished, folder, tmp_path, monkeypatch, capsys, number, code, where, step):
+    """The third step gets a signal: sampling is left at once, update, save and evaluation end with the step; then the run goes on as if
+    nothing had been."""
+    owner, name = {"sampling": (train.Sampler, "generate"), "update": (train, "backward"), "saving": (train.checkpoint, "save"),
+                   "evaluation": (train, "evaluate")}[where]
+    real, calls = getattr(owner, name), []
+    last = {"sampling": 4, "update": 5, "saving": 1, "evaluation": 2}[where]         # the call that falls into step 3
+
+    def interrupted(*args, **kw):
+        calls.append(name)
+        if len(calls) == last: signal.raise_signal(number)
+        return real(*args, **kw)
+    monkeypatch.setattr(owner, name, interrupted)
+    more = flags(folder, tmp_path / "r", **{"save-every": 3, "eval-every": 3 if where == "evaluation" else 0})
+    with pytest.raises(SystemExit) as e: guarded(train.main, more)
+    assert e.value.code == code and f"stopped after step {step}" in capsys.readouterr().err
+    assert checkpoint.latest(tmp_path / "r").name == f"step_{step:06d}"
+    monkeypatch.setattr(owner, name, real)
+    train.main(more)
+    drop = ("eval/accuracy", "eval/questions") if where == "evaluation" else ()
+    assert [{k: v for k, v in r.items() if k not in drop} for r in rows(tmp_path / "r")] == \
+           [{k: v for k, v in r.items() if k not in drop} for r in rows(finished)]
+    assert same(weights(tmp_path / "r" / "step_000004"), weights(finished / "step_000004"))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.mark.parametrize("optimizer", ["split", "split-m32"])
