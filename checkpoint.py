@@ -43,7 +43,7 @@ from model import save as save_model
 FORMAT = "nanobupo checkpoint 1"
 STEP = re.compile(r"step_(\d{6,})(\.old)?")                # .old: what `save` replaces, for the instant between its two renames
 LEFTOVER = re.compile(r"\.(tmp|trash)-(step_\d{6,}.*|.+\.jsonl)")
-FILE = re.compile(r"(resume/)?\w[\w.-]*")                  # a manifest must not reach outside its folder
+FILE = re.compile(r"(resume/)?\w[\w.-]{0,200}")                  # a manifest must not reach outside its folder
 SHARD_BYTES = 4 << 30                                      # of moments in a file, and in memory at once beside the optimizer
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "remainder")   # moments that have their parameter's shape
@@ -55,6 +55,9 @@ class CheckpointError(ValueError):
 
 class RunLocked(OSError):
     """Another process holds the run folder. One line that names it."""
+
+
+def _line(parts): return " ".join("; ".join(parts).split())[:4000]   # names come out of files: they may hold anything
 
 
 def log(line): print(f"checkpoint: {line}", file=sys.stderr, flush=True)
@@ -285,13 +288,34 @@ def _open(folder, names, stack) -> tuple[dict, dict]:
         try:
             f = stack.enter_context(safe_open(folder / name, framework="pt"))
         except (SafetensorError, OSError) as e:
-            raise CheckpointError(f"{folder / name}: not a readable safetensors file ({str(e)[:100]})") from None
+            raise CheckpointError(f"{folder / name}: not a readable safetensors file ({_line([str(e)]):.100})") from None
         found.update(dict.fromkeys(f.keys(), f))
         about.update(f.metadata() or {})
     return found, about
 
 
-def _misfits(weights, moments, about, wanted, params, held) -> list[str]:
+def _numbers(folder, about) -> dict:
+    """What the optimizer keeps as numbers, from the files' metadata; CheckpointError if they are none."""
+    try:
+        numbers = json.loads(about.get("numbers", ""))
+    except (ValueError, RecursionError):
+        numbers = None
+    if not isinstance(numbers, dict) or not all(v is None or isinstance(v, (int, float)) for v in numbers.values()):
+        raise CheckpointError(f"{folder / 'resume/optim.safetensors'}: its metadata hold no numbers of an optimizer")
+    return numbers
+
+
+def _generator_state(folder, rng) -> torch.Tensor:
+    """The state of torch's generator, tried on one of our own; CheckpointError if it is none."""
+    try:
+        state = rng["torch_cpu"].get_tensor("torch_cpu").clone()
+        torch.Generator().set_state(state)
+    except (KeyError, TypeError, RuntimeError) as e:
+        raise CheckpointError(f"{folder / 'resume/rng.safetensors'}: no state of torch's generator ({_line([str(e)]):.80})") from None
+    return state
+
+
+def _misfits(weights, moments, numbers, wanted, params, held) -> list[str]:
     """All that keeps a checkpoint from going into these parameters and this optimizer, from headers alone."""
     wrong = [f"{n} is not part of this model" for n in weights if n not in wanted] + [f"{n} is missing" for n in wanted if n not in weights]
     for n in weights.keys() & wanted.keys():
@@ -299,7 +323,7 @@ def _misfits(weights, moments, about, wanted, params, held) -> list[str]:
         have = f"{view.get_dtype()} {view.get_shape()}"
         want = f"{DTYPES.get(params[ours].dtype)} {[rows, *params[ours].shape[1:]]}"
         if have != want: wrong.append(f"{n} is {have}, the model's is {want}")
-    for full in (*moments, *json.loads(about.get("numbers", "{}"))):
+    for full in (*moments, *numbers):
         name, _, key = full.rpartition("/")
         if name not in params or id(params[name]) not in held: wrong.append(f"the optimizer holds no parameter for {full}")
         elif key in LIKE_PARAMETER and full in moments and moments[full].get_slice(full).get_shape() != list(params[name].shape):
@@ -319,17 +343,19 @@ def load(folder, model, optimizer, verify=True) -> dict:
     folder = Path(folder)
     if why := problem(folder, verify): raise CheckpointError(f"cannot load: {why}")
     files, state = _manifest(folder), read_json(folder / "state.json")
+    if type(state.get("step")) is not int: raise CheckpointError(f"{folder / 'state.json'}: no step in it")
     params, wanted = dict(model.named_parameters()), hf_tensors(model.config)
     held = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     with ExitStack() as stack:
         weights, _ = _open(folder, [n for n in files if re.fullmatch(r"model[\w.-]*\.safetensors", n)], stack)
         moments, about = _open(folder, [n for n in files if n.startswith("resume/optim")], stack)
         rng, _ = _open(folder, ["resume/rng.safetensors"], stack)
-        wrong, kind = _misfits(weights, moments, about, wanted, params, held), type(optimizer).__name__
+        numbers, generator = _numbers(folder, about), _generator_state(folder, rng)
+        wrong, kind = _misfits(weights, moments, numbers, wanted, params, held), type(optimizer).__name__
         if about.get("optimizer") != kind: wrong.append(f"saved from optimizer {about.get('optimizer')}, this one is {kind}")
         if wrong:
             more = f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
-            raise CheckpointError(f"{folder}: does not fit: " + "; ".join(wrong[:20]) + more)
+            raise CheckpointError(f"{folder}: does not fit: " + _line(wrong[:20]) + more)
 
         for name, (ours, row, rows) in wanted.items():
             params[ours][row:row + rows].copy_(weights[name].get_tensor(name))
@@ -340,10 +366,10 @@ def load(folder, model, optimizer, verify=True) -> dict:
             # Adam counts its steps on the CPU unless told otherwise. And a copy: what safetensors returns is a window into the file
             home = p.device if t.dim() or held[id(p)].get("capturable") or held[id(p)].get("fused") else "cpu"
             optimizer.state[p][key] = t.to(home, copy=True)
-        for full, value in json.loads(about["numbers"]).items():
+        for full, value in numbers.items():
             name, _, key = full.rpartition("/")
             optimizer.state[params[name]][key] = value
-        torch.set_rng_state(rng["torch_cpu"].get_tensor("torch_cpu").clone())
+        torch.set_rng_state(generator)
     return state
 
 

@@ -191,7 +191,7 @@ def _text(value, name):
 def _answer(value, name):
     """The gold answer as text: numbers in their shortest form (27.0 -> 27), worked solutions cut to their \\boxed{} or #### answer."""
     if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
-        if not math.isfinite(value):
+        if not isinstance(value, int) and not math.isfinite(value):  # isfinite of an integer beyond 1e308 is an error itself
             raise _BadRow(f"{name!r} is {value}")
         value = str(int(value)) if value == int(value) else format(Decimal(str(value)), "f")
     text = _text(value, name)
@@ -264,7 +264,7 @@ def read(name_or_path, limit=None):
             try:
                 problem, *names = _problem(row, place, source)
                 if ids.setdefault(problem.id, place) != place:  # samples and seeds are told apart by the id
-                    raise _BadRow(f"the id {problem.id!r} is that of {ids[problem.id]}")
+                    raise _BadRow(f"the id {problem.id!r:.80} is that of {ids[problem.id]}")
             except _BadRow as e:
                 report.bad.append((place, str(e)))
                 continue

@@ -110,6 +110,9 @@ def scores(groups: list[list[Answered]]) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # what the commands share
 
+OUT_OF_MEMORY = "out of memory: lower --micro-tokens or --slots, or shorten --max-new-tokens"
+
+
 def guarded(main, argv=None):
     """Run a command; what goes wrong ends in one line and an exit code: 2 usage, 3 data, 4 checkpoint, 5 numerics, 6 memory, 7 another
     rank died, 130 Ctrl-C."""
@@ -124,9 +127,10 @@ def guarded(main, argv=None):
     except CheckpointError as e: message, code = e, 4
     except FloatingPointError as e: message, code = e, 5
     except (torch.OutOfMemoryError, MemoryError) as e:
-        message, code = f"out of memory: lower --micro-tokens or --slots, or shorten --max-new-tokens ({str(e).splitlines()[0][:120]})", 6
+        message, code = f"{OUT_OF_MEMORY} ({' '.join(str(e).split())[:120]})", 6
     except (ValueError, OSError) as e: message, code = e, 2
     except RuntimeError as e:
+        if "DefaultCPUAllocator" in str(e): parallel.leave(f"{Path(sys.argv[0]).name}: {OUT_OF_MEMORY}", 6)
         if not parallel.lost(e): raise
         message = "another rank ended or does not answer: see what it printed; checkpoints stand, run again to resume"
         message, code = f"{message} ({str(e).splitlines()[0][:120]})", parallel.LOST

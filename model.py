@@ -388,11 +388,11 @@ def _shards(folder: Path) -> list[Path]:
         names = sorted({str(n) for n in names.values()}) if isinstance(names, dict) else []
         if not names: raise ValueError(f"{index}: no weight_map")
         # a name, not a path: an index from the internet must not reach outside its folder (links of the hub's cache stay allowed)
-        if bad := [n for n in names if not re.fullmatch(r"[\w.-]+\.safetensors", n)]:
+        if bad := [n for n in names if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", n)]:
             raise ValueError(f"{index}: shard names must be plain file names, not {bad[0]!r:.80}")
         files = [folder / n for n in names]
     if missing := [f.name for f in files if not f.exists()]:
-        raise FileNotFoundError(f"{folder}: missing weight files: {', '.join(missing)}; download the folder again")
+        raise FileNotFoundError(f"{folder}: missing weight files: {', '.join(missing):.4000}; download the folder again")
     return files
 
 
@@ -413,7 +413,7 @@ def load(name_or_folder, dtype=torch.float32, device="cpu") -> Transformer:
         try:
             handles.append(safe_open(path, framework="pt"))
         except (SafetensorError, OSError, ValueError) as e:
-            raise ValueError(f"{path}: not a readable safetensors file ({str(e)[:100]}); download it again") from None
+            raise ValueError(f"{path}: not a readable safetensors file ({' '.join(str(e).split())[:100]}); download it again") from None
         for name in handles[-1].keys():
             view = handles[-1].get_slice(name)
             if name in found: wrong.append(f"{name} stands in two shards")
@@ -428,7 +428,8 @@ def load(name_or_folder, dtype=torch.float32, device="cpu") -> Transformer:
     wrong += [f"{name} is missing" for name in wanted if name not in found]
     if wrong:
         more = f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
-        raise ValueError(f"{folder}: the weights do not fit config.json: " + "; ".join(wrong[:20]) + more)
+        said = " ".join("; ".join(wrong[:20]).split())[:4000]   # names come out of the files: they may hold anything
+        raise ValueError(f"{folder}: the weights do not fit config.json: {said}{more}")
     model = model.to(dtype).to_empty(device=device)
     params = dict(model.named_parameters())
     with torch.no_grad():

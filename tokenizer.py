@@ -179,7 +179,7 @@ def load(folder, format="auto"):
         given = _read(folder / name).get("eos_token_id")
         ids = given if isinstance(given, list) else [given]
         if not all(i is None or _is_int(i) for i in ids):
-            raise ValueError(f"{folder / name}: eos_token_id is {str(given)[:80]}, which is no token id")
+            raise ValueError(f"{folder / name}: eos_token_id is {given!r:.80}, which is no token id")
         stops.update(ids)
     tok.stop_ids = tuple(sorted(i for i in stops if i is not None and 0 <= i < tok.n_vocab))
 
@@ -228,13 +228,13 @@ def _build(file):
     """Tokenizer of a parsed tokenizer.json. Raises ValueError saying what is wrong or not supported."""
     model = file.get("model") or {}
     if model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
-        raise ValueError(f"the model is of type {model.get('type')!r}: only byte-level BPE with vocab and merges is supported")
+        raise ValueError(f"the model is of type {model.get('type')!r:.80}: only byte-level BPE with vocab and merges is supported")
     for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(key):
-            raise ValueError(f"{key} is {model[key]!r}: only plain byte-level BPE is supported")
+            raise ValueError(f"{key} is {model[key]!r:.80}: only plain byte-level BPE is supported")
     normalizer = (file.get("normalizer") or {}).get("type")
     if normalizer not in (None, "NFC"):
-        raise ValueError(f"the normalizer {normalizer!r} is not supported: only NFC, or none")
+        raise ValueError(f"the normalizer {normalizer!r:.80} is not supported: only NFC, or none")
 
     vocab, added = model["vocab"], file.get("added_tokens") or []
     control = {token["content"]: token["id"] for token in added}
@@ -282,7 +282,8 @@ def _split_pattern(pre):
     kinds, last = [step.get("type") for step in steps], steps[-1]
     split, use_regex = kinds == ["Split", "ByteLevel"], last.get("use_regex", True)
     if not (kinds == ["ByteLevel"] or split and not use_regex) or last.get("add_prefix_space"):
-        raise ValueError(f"the pre-tokenizer {kinds} is not supported: only ByteLevel, with or without a Split before, and no prefix space")
+        raise ValueError(f"the pre-tokenizer {kinds!r:.80} is not supported: only ByteLevel, with or without a Split before, "
+                         "and no prefix space")
     if not split:
         return GPT2 if use_regex else NO_SPLIT
     pattern = steps[0]["pattern"].get("Regex")
@@ -314,7 +315,7 @@ def _merge_order(byte_ids, plain, model, tokens):
     for merge in model["merges"]:
         left, right = merge.partition(" ")[::2] if isinstance(merge, str) else merge
         if left not in vocab or right not in vocab or left + right not in vocab:
-            raise ValueError(f"the merge {left!r} {right!r} has a token that is not in the vocabulary")
+            raise ValueError(f"the merge {left!r:.40} {right!r:.40} has a token that is not in the vocabulary")
         if left in plain and right in plain and left + right in plain:  # else it leads to or from a control token
             pairs.append((plain[left], plain[right], plain[left + right]))
     if len(set(pairs)) < len(pairs):

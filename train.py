@@ -37,7 +37,7 @@ from bupo import Schedule, backward, policy_logprobs, stored_logprobs
 from data import DataError, batch, fingerprint, load_problems, unverifiable
 from eval import answer, avg_at_k, encode_prompts, guarded, natural, pick_device, short_name
 from grpo import Response, collate, group_advantages, overlong_penalty
-from model import Config, Transformer, load, resolve
+from model import Config, Transformer, load, read_json, resolve
 from optimizer import BYTES, SplitAdamW
 from rollout import Sampler, fold
 from tokenizer import SYSTEM, Tokenizer
@@ -320,7 +320,7 @@ def resume(run, model, optimizer) -> int:
             raise ValueError(f"{out} holds a run: add --overwrite to delete it, leave out --fresh to resume it, or name another --out")
         checkpoint.discard(out)
     if newest := checkpoint.latest(out):
-        changed = checkpoint.compare(json.loads((out / "config.json").read_text()), settings, MATHS)
+        changed = checkpoint.compare(read_json(out / "config.json"), settings, MATHS)
         if changed and not args.override:
             raise ValueError(f"{out} holds a run with other settings ({'; '.join(changed)}): set them back, name another --out, "
                              "or add --override")
@@ -328,7 +328,9 @@ def resume(run, model, optimizer) -> int:
         print(f"resuming {out} after step {step}", flush=True)
     for log in logs:
         if log.exists(): checkpoint.rewind(log, step)
-    (out / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    new = out / ".tmp-config.json"      # renamed into place: a kill leaves the old settings or the new ones
+    new.write_text(json.dumps(settings, indent=1) + "\n")
+    new.replace(out / "config.json")
     return step
 
 
@@ -511,14 +513,22 @@ def train(run, optimizer, start, setup_seconds):
     """The loop, from the step after `start` to the last; returns the rows of metrics.jsonl, those of an earlier session included."""
     args, out = run.args, run.args.out
     files = [os.devnull if parallel.rank() else out / name for name in ("metrics.jsonl", "samples.jsonl")]
-    with open(files[0], "a+", encoding="utf-8") as metrics, open(files[1], "a", encoding="utf-8") as samples:
-        metrics.seek(0)
-        rows = parallel.on_first(lambda: [json.loads(line) for line in metrics])
+    Path(files[0]).touch()
+    rows, warned = parallel.on_first(lambda: [json.loads(line) for line in Path(files[0]).read_text(encoding="utf-8").splitlines()]), []
+    with open(files[0], "ab", buffering=0) as metrics, open(files[1], "ab", buffering=0) as samples:
+
+        def write(file, lines):
+            """A full disk costs log lines, not the run; a torn line is mended on resume."""
+            try:
+                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode(errors="replace"))
+            except OSError as e:
+                if not warned: print(f"{file.name}: cannot be written ({e.strerror or e}); training goes on, its log has a gap",
+                                     file=sys.stderr)
+                warned.append(file.name)
 
         def log(row):
             rows.append(row)
-            metrics.write(json.dumps(row) + "\n")
-            metrics.flush()
+            write(metrics, [row])
 
         def save(step):
             gathered = parallel.gather(run.model, optimizer)
@@ -537,8 +547,7 @@ def train(run, optimizer, start, setup_seconds):
                 if run.tests and (step == args.steps or (args.eval_every and step % args.eval_every == 0)):
                     with suppress(Stopped): row |= evaluate(run)      # a signal is heeded once the step is logged
                 if step == start + 1: tqdm.write(f"first response (reward {answered[0]['reward']:g}):\n{answered[0]['response']}")
-                for a in answered[:args.log_samples]: samples.write(json.dumps(a, ensure_ascii=False) + "\n")
-                samples.flush()
+                write(samples, answered[:args.log_samples])
                 if args.watch_layers and (step % args.watch_layers == 0 or step == 1): row |= parallel.on_first(watch, run, out)
                 log(row)
                 show(row, bar, args.steps)
@@ -555,6 +564,7 @@ def train(run, optimizer, start, setup_seconds):
 
 def main(argv=None):
     args, began = parse(argv), time.time()
+    torch.manual_seed(args.seed)     # nothing draws from torch's own generator; its state is part of a checkpoint all the same
     with nullcontext() if args.dry_run or parallel.rank() else checkpoint.lock(args.out):
         run = open_run(args)
         run.schedule = choose_schedule(run)
