@@ -130,10 +130,12 @@ def guarded(main, argv=None):
         message, code = f"{OUT_OF_MEMORY} ({' '.join(str(e).split())[:120]})", 6
     except (ValueError, OSError) as e: message, code = e, 2
     except RuntimeError as e:
-        if "DefaultCPUAllocator" in str(e): parallel.leave(f"{Path(sys.argv[0]).name}: {OUT_OF_MEMORY}", 6)
-        if not parallel.lost(e): raise
-        message = "another rank ended or does not answer: see what it printed; checkpoints stand, run again to resume"
-        message, code = f"{message} ({str(e).splitlines()[0][:120]})", parallel.LOST
+        if "DefaultCPUAllocator" in str(e): message, code = OUT_OF_MEMORY, 6      # a CPU's shortage has no class of its own
+        elif parallel.lost(e):
+            message = "another rank ended or does not answer: see what it printed; checkpoints stand, run again to resume"
+            code = parallel.LOST
+        else: raise
+        message = f"{message} ({' '.join(str(e).split())[:120]})"
     parallel.leave(f"{Path(sys.argv[0]).name}: {message}", code)
 
 

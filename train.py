@@ -147,7 +147,7 @@ def parse(argv=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# before the first step
+# what a run holds, and how it is stopped
 
 class Stopped(BaseException):
     """A first SIGTERM or Ctrl-C came while nothing would be lost by leaving."""
@@ -220,6 +220,9 @@ class Run:
         a = self.args
         return dict(temperature=a.temperature, n_vocab=self.n_vocab, chunk=a.logit_chunk)
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# before the first step
 
 def open_run(args) -> Run:
     """Find the model, read the data, load the model: what can be refused is refused before the long part."""
