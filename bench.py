@@ -5,6 +5,7 @@
 
     python bench.py decode --like qwen3-0.6b --batch 64 --context 1024        tok/s and GB/s of decoding, beside the memory's own speed
     python bench.py workload --like qwen3-0.6b --requests 256                 ragged requests through refilled slots
+    python bench.py step --like qwen3-0.6b                                    an update: packed, padded, and a matrix product's speed
     python bench.py logprobs                                                  log-probs without [tokens, V], against full logits
     python bench.py bupo                                                      an update at layer l against one at full depth
     python bench.py optimizer                                                 AdamW against AdamW of fewer bytes
@@ -24,11 +25,11 @@ from pathlib import Path
 
 import torch
 
-from bupo import backward
+from bupo import backward, forward_flops
+from cli import guarded, natural, pick_device
 from decompose import measure, pick
-from eval import guarded, natural, pick_device
 from grpo import Response, collate, micro_batches, token_logprobs
-from model import HUB, TOKENIZER_FILES, Config, Transformer, hf_tensors, save
+from model import HUB, TOKENIZER_FILES, Config, Transformer, compile_blocks, hf_tensors, save
 from optimizer import SplitAdamW, bytes_per_parameter
 from rollout import Sampler
 from tokenizer import load as load_tokenizer
@@ -181,6 +182,7 @@ def decode(args):
     sampler = Sampler(model, args.batch, len(prompts[0]) + args.steps + 1, args.compile)
     first = timed(device, lambda: sampler.generate(prompts[:1], args.batch, 2))[0]         # compiles, records, warms up
     out = {"command": "decode", "first_call_s": first, **describe(args, model)}
+    seconds_on_device = device_seconds(sampler) if sampler.capture else None
     sampler.generate(prompts, 1, args.steps)
     seconds, tokens = sampler.stats["decode_seconds"], sampler.stats["tokens"]
     weights, kv = step_bytes(model.config, itemsize)
@@ -189,6 +191,7 @@ def decode(args):
     out |= {"tok_s": tokens / seconds, "ms_step": 1e3 * seconds / args.steps, "GB_s": speed / 1e9, "copy_GB_s": copy / 1e9,
             "share_of_copy": speed / copy, "prefill_tok_s": sampler.stats["prompt_tokens"] / sampler.stats["prefill_seconds"],
             "recompiles": sampler.stats["recompiles"]}
+    if seconds_on_device: out["host_overhead"] = seconds / seconds_on_device() - 1
     print(f"{tokens} tokens in {seconds:.2f} s: {out['tok_s']:,.1f} tok/s, {out['ms_step']:.2f} ms a step, {out['GB_s']:.1f} GB/s of the "
           f"{out['copy_GB_s']:.1f} GB/s of a copy ({out['share_of_copy']:.2f})")
     sampler.stop()
@@ -200,6 +203,24 @@ def decode(args):
             out[f"transformers_{name}_tok_s"] = speed = args.batch * args.steps / max(long - short, 1e-9)
             print(f"transformers, {name} cache: {speed:,.1f} tok/s; this sampler {out['tok_s'] / speed:.2f}x")
     print(json.dumps(out))
+
+
+def device_seconds(sampler):
+    """From here on, time what `sampler.decode` enqueues by the GPU's own clock; returns a function that gives the seconds so far."""
+    decode, spans = sampler.decode, []
+
+    def timed_decode(*a):
+        span = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        span[0].record()
+        decode(*a)
+        span[1].record()
+        spans.append(span)
+
+    def seconds():
+        torch.cuda.synchronize()
+        return sum(a.elapsed_time(b) for a, b in spans) / 1e3
+    sampler.decode = timed_decode
+    return seconds
 
 
 def workload(args):
@@ -254,11 +275,14 @@ def workload(args):
     print(json.dumps(out))
 
 
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise")
+
+
 def outside_matmul(f):
     """Share of the operators' own CPU time that is not a matrix product, over one run of f."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile: f()
     times = {e.key: e.self_cpu_time_total for e in profile.key_averages() if e.key.startswith(("aten::", "mkldnn", "mkl"))}
-    return 1 - sum(t for key, t in times.items() if key in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")) / sum(times.values())
+    return 1 - sum(t for key, t in times.items() if key in PRODUCTS) / sum(times.values())
 
 
 def describe(args, model):
@@ -266,7 +290,7 @@ def describe(args, model):
     weight = model.embed.weight
     name = torch.cuda.get_device_name() if weight.is_cuda else f"cpu, {torch.get_num_threads()} threads"
     return {"like": args.like, "layers": model.config.n_layers, "dtype": str(weight.dtype).removeprefix("torch."), "device": name,
-            "torch": torch.__version__, "compile": args.compile}
+            "torch": torch.__version__, "compile": getattr(args, "compile", args.__dict__.get("compile_blocks"))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -293,6 +317,52 @@ def paired(device, sides, repeats):
     for _ in range(repeats):
         for name, f in sides.items(): seconds[name].append(timed(device, f)[0])
     return {name: sorted(s)[len(s) // 2] for name, s in seconds.items()}
+
+
+def matmul_speed(device, dtype):
+    """FLOP/s of a large square product: what this device gives a program here and now."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    a @ b
+    return 2 * n**3 / min(timed(device, lambda: a @ b)[0] for _ in range(5))
+
+
+def step(args):
+    """One update on ragged responses (mean length 0.4 of the longest): packed against padded, tokens and FLOP/s, peak memory."""
+    config, device = shape(args.like), torch.device(pick_device(args.device))
+    if args.layers: config.n_layers = args.layers
+    if args.threads: torch.set_num_threads(args.threads)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    model, g, layer = empty(config, dtype, device).init_weights(args.seed), random.Random(args.seed), args.layer or config.n_layers
+    model.recompute = args.recompute
+    if args.compile_blocks: compile_blocks(model)
+    new, responses = args.longest - 64, []
+    while sum(len(r.prompt) + len(r.ids) for r in responses) < 2 * args.tokens:
+        ids = random_prompts(config, [64, max(1, int(new * g.random() ** 1.7))], len(responses))
+        responses.append(Response(*ids, [0.0] * len(ids[1]), g.choice((-1.0, 1.0))))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True) if dtype == torch.float32 else SplitAdamW(model.parameters())
+    lengths = [len(r.prompt) + len(r.ids) for r in responses]
+
+    def side(pack):
+        def run():
+            backward(model, responses, layer, args.tokens, pack=pack)
+            optimizer.step()
+            optimizer.zero_grad()
+        return run
+    sides = {"packed": side(True), "padded": side(False)}
+    for f in sides.values(): f()                              # compiles, and makes the moments
+    rate = matmul_speed(device, dtype)
+    seconds = paired(device, sides, args.repeats)
+    flops = 3 * forward_flops(model, responses, layer)
+    memory = {"peak_GB": {k: peak(device, f) / 1e9 for k, f in sides.items()}}
+    if device.type == "cuda": memory["held_GB"] = torch.cuda.memory_allocated() / 1e9
+    out = {"command": "step", **describe(args, model), "layer": layer, "tokens": sum(lengths), "mean_over_max": sum(lengths) / len(lengths)
+           / max(lengths), "seconds": seconds, "tok_s": {k: sum(lengths) / s for k, s in seconds.items()}, "matmul_tflop_s": rate / 1e12,
+           "share_of_matmul": {k: flops / s / rate for k, s in seconds.items()}, **memory,
+           "packed_over_padded": seconds["padded"] / seconds["packed"]}
+    print(f"layer {layer} of {config.n_layers}: {out['tok_s']['packed']:,.0f} tok/s packed, {out['tok_s']['padded']:,.0f} padded; "
+          f"{out['share_of_matmul']['packed']:.2f} of the {rate / 1e12:.1f} TFLOP/s of a matrix product; {memory}")
+    print(json.dumps(out))
 
 
 def logprobs(args):
@@ -469,7 +539,8 @@ def main(argv=None):
             q.add_argument("--versus-batches", default="16,32,64", help="batch sizes for transformers, the best counts (default 16,32,64)")
             q.add_argument("--repeats", type=natural, default=1, help="turns of every side, the best counts (default 1)")
             q.add_argument("--profile", action="store_true", help="also the share of CPU time outside matrix products")
-    for run, text, tokens in ((logprobs, "log-probs in chunks against full logits", 1024),
+    for run, text, tokens in ((step, "an update: packed and padded, against the speed of a matrix product", 2048),
+                              (logprobs, "log-probs in chunks against full logits", 1024),
                               (bupo, "an internal update against a full one", 2048),
                               (optimizer, "optimizer steps, n x 1024 parameters", 4096), (lens, "decompose.measure against hooks", 512)):
         q = sub.add_parser(run.__name__, help=text, description=run.__doc__, allow_abbrev=False)
@@ -479,6 +550,13 @@ def main(argv=None):
         q.add_argument("--device", default="auto", help="cpu or cuda (default: a GPU when there is one)")
         q.add_argument("--threads", type=natural, help="CPU threads (default torch's)")
         q.add_argument("--seed", type=int, default=0)
+        if run is step:
+            q.add_argument("--like", default="qwen3-0.6b", help="shape (default qwen3-0.6b)")
+            q.add_argument("--layers", type=natural, help="blocks (default: the preset's)")
+            q.add_argument("--layer", type=natural, help="internal layer whose policy is trained (default: the last)")
+            q.add_argument("--longest", type=natural, default=512, help="tokens of the longest response with its prompt (default 512)")
+            q.add_argument("--recompute", action="store_true", help="as in train.py")
+            q.add_argument("--compile-blocks", action="store_true", help="as in train.py")
         if run in (logprobs, lens):
             q.add_argument("--like", default="qwen3-0.6b", help="shape whose width and vocabulary are taken (default qwen3-0.6b)")
             q.add_argument("--chunk", type=natural, default=256 if run is logprobs else 128, help="rows of logits (default %(default)s)")

@@ -12,6 +12,7 @@ import torch
 
 import parallel
 from grpo import Batch, Response, collate, kl_to_reference, micro_batches, policy_loss, response_weights, token_logprobs
+from model import compute_dtype, has_flash
 
 IDLE = [Response([0], [0], [0.0])]    # what a rank runs while others still have micro-batches: see parallel.in_step
 
@@ -61,28 +62,48 @@ def policy_logprobs(model, batch: Batch, layer: int, temperature=1.0, n_vocab=No
     Response positions are selected before the unembedding, and at l = L before the final norm: prompts and padding never reach the head.
     norm="final" puts the final norm before the unembedding at an internal layer too; the paper and its code have none there.
     """
-    h = model(batch.ids, until=layer).flatten(0, 1)[batch.at]
+    h = model(batch.ids, until=layer, **batch.forward).flatten(0, -2)[batch.at]
     h = model.final(h, layer) if norm == "none" else model.norm(h)
     return token_logprobs(h, model.unembedding, batch.targets, temperature, n_vocab, chunk)
+
+
+def forward_flops(model, responses, layer) -> int:
+    """Floating-point operations of the log-probs of responses at a layer: two for every weight and the tokens it meets, and attention's
+    two products over all that each token sees. A backward takes twice as many."""
+    c, lengths = model.config, [len(r.prompt) + len(r.ids) for r in responses]
+    body = sum(p.numel() for block in model.blocks[:layer] for p in block.parameters())
+    head = c.vocab_size * c.d_model * sum(len(r.ids) for r in responses)
+    return 2 * (body * sum(lengths) + head + layer * c.n_heads * c.head_dim * sum(n * n for n in lengths))
+
+
+def cut(model, responses, max_tokens, pack=None):
+    """(responses, their Batch) for every micro-batch of this rank; (None, a batch to keep in step with) while others have more.
+
+    pack  sequences end to end, or padded; None: packed where there is a kernel that keeps them apart
+    """
+    E = model.unembedding
+    if pack is None: pack = has_flash(E.device, compute_dtype(E.device, E.dtype), model.config.head_dim)
+    for micro in parallel.in_step(micro_batches(responses, max_tokens, pack)): yield micro, collate(micro or IDLE, E.device, pack)
 
 
 @torch.no_grad()
 def stored_logprobs(model, responses, layer, max_tokens, **policy):
     """Log-probs of every response under the policy of `layer`, without gradient: a list of [len(ids)]; `policy` as for policy_logprobs."""
     out = {}
-    for micro in parallel.in_step(micro_batches(responses, max_tokens)):
-        logprobs, _ = policy_logprobs(model, collate(micro or IDLE, model.unembedding.device), layer, **policy)
+    for micro, batch in cut(model, responses, max_tokens):
+        logprobs, _ = policy_logprobs(model, batch, layer, **policy)
         if micro: out |= zip(map(id, micro), logprobs.split([len(r.ids) for r in micro]), strict=True)
     return [out[id(r)] for r in responses]
 
 
 def backward(model, responses, layer, max_tokens, clip_low=0.2, clip_high=0.2, dual_clip=10.0, loss="token-mean", limit=None, kl=0.0,
-             tis=None, **policy):
+             tis=None, pack=None, **policy):
     """Gradient of the clipped loss of one mini-batch, accumulated into .grad, and sums of what it saw.
 
     A token's weight in the loss follows from the whole mini-batch, counted here before it is split: the gradient does not depend on
-    `max_tokens` (the padded size of a micro-batch), on the order of the responses, nor on the number of ranks they are dealt to. Where
-    no old log-probs are stored the ratio is 1 and its gradient that of log pi, which is right for the first update on a batch.
+    `max_tokens` (of a micro-batch), on padding or packing (`pack`, see `cut`), on the order of the responses, nor on the number of ranks
+    they are dealt to. Where no old log-probs are stored the ratio is 1 and its gradient that of log pi, which is right for the first
+    update on a batch.
 
     loss, limit  how tokens are weighed: see grpo.response_weights
     kl           adds kl * k3 against each response's ref_logprobs
@@ -93,8 +114,7 @@ def backward(model, responses, layer, max_tokens, clip_low=0.2, clip_high=0.2, d
     responses = [r for r in responses if r.ids]
     weights = dict(zip(map(id, responses), response_weights([len(r.ids) for r in responses], loss, limit), strict=True))
     total = dict.fromkeys(("loss", "entropy", "clip_low", "clip_high", "kl"), 0.0)
-    for micro in parallel.in_step(micro_batches(parallel.deal(responses), max_tokens)):
-        batch = collate(micro or IDLE, model.unembedding.device)
+    for micro, batch in cut(model, parallel.deal(responses), max_tokens, pack):
         logprobs, entropy = policy_logprobs(model, batch, layer, **policy)
         if not micro:
             (0 * logprobs.sum()).backward()

@@ -37,20 +37,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from model import hf_tensors, read_json
+from model import CheckpointError, hf_tensors, read_json
 from model import save as save_model
 
 FORMAT = "nanobupo checkpoint 1"
+LOGS = "metrics.jsonl", "samples.jsonl", "bad_batches.jsonl"     # of a run folder: rows that carry their step
 STEP = re.compile(r"step_(\d{6,})(\.old)?")                # .old: what `save` replaces, for the instant between its two renames
 LEFTOVER = re.compile(r"\.(tmp|trash)-(step_\d{6,}.*|.+\.jsonl)")
 FILE = re.compile(r"(resume/)?\w[\w.-]{0,200}")                  # a manifest must not reach outside its folder
 SHARD_BYTES = 4 << 30                                      # of moments in a file, and in memory at once beside the optimizer
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "remainder")   # moments that have their parameter's shape
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is damaged, or does not fit the model or optimizer it is loaded into. One line."""
 
 
 class RunLocked(OSError):
@@ -395,9 +392,9 @@ def clean(run):
 
 
 def discard(run):
-    """Delete every checkpoint of a run, and its metrics and samples: for starting anew, while holding the lock."""
+    """Delete every checkpoint of a run, and its logs: for starting anew, while holding the lock."""
     for _, folder in _steps(run): _delete(folder)
-    for log in ("metrics.jsonl", "samples.jsonl"):
+    for log in LOGS:
         for name in (log, log + ".bak"): _delete(Path(run) / name)
 
 

@@ -62,6 +62,7 @@ class Problem:
 
 class DataError(ValueError):
     """The data cannot be used as it is. The message is one line: what, where, and what to do."""
+    exit_code = 3
 
 
 class _BadRow(ValueError):

@@ -18,7 +18,6 @@ import argparse
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,8 @@ import torch
 from tqdm import tqdm
 
 import plot
+from cli import guarded, pick_device
+from data import DataError, load_problems
 from model import causal, load, project, read_json
 
 # The order of the stream. attn_in and mlp_in are the normed states that a block's sub-layers read: the paper's entropy changes start there.
@@ -93,12 +94,12 @@ def response_rows(model, ids, prompt_len, lengths=None, select=None):
     (B, T), V = ids.shape, model.config.vocab_size
     prompt_len, lengths = (torch.as_tensor(x).expand(B)[:, None] for x in (prompt_len, T if lengths is None else lengths))
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < V:
-        raise ValueError(f"token ids run from {int(ids.min())} to {int(ids.max())}, the model has rows 0 to {V - 1}: are they its own?")
+        raise DataError(f"token ids run from {int(ids.min())} to {int(ids.max())}, the model has rows 0 to {V - 1}: are they its own?")
     if (prompt_len < 1).any() or (lengths > T).any():
         raise ValueError("prompt_len must be at least 1 (no state produced the first token) and lengths at most T")
     keep = (torch.arange(T) >= prompt_len) & (torch.arange(T) < lengths)
     if select is not None: keep &= torch.as_tensor(select, dtype=torch.bool).reshape(B, T)
-    if not keep.any(): raise ValueError("no response tokens to analyse: every sequence ends where its prompt does")
+    if not keep.any(): raise DataError("no response tokens to analyse: every sequence ends where its prompt does")
     return ids, *keep.nonzero(as_tuple=True)
 
 
@@ -197,7 +198,7 @@ def measure_all(model, sequences, max_tokens=None, seed=0, batch_tokens=4096, **
                 for early tokens and a heat-map still reads. Other options go to `measure`.
     """
     spans = [(i, s, min(s + 16, len(ids))) for i, (ids, p) in enumerate(sequences) for s in range(p, len(ids), 16)]
-    if not spans: raise ValueError("no response tokens to analyse: every sequence ends where its prompt does")
+    if not spans: raise DataError("no response tokens to analyse: every sequence ends where its prompt does")
     if max_tokens is not None:
         drawn, left = [], max_tokens
         for k in np.random.default_rng(seed).permutation(len(spans)):
@@ -458,10 +459,6 @@ def print_table(rows, changes):
 # ---------------------------------------------------------------------------------------------------------------------
 # the command
 
-class Usage(ValueError):
-    """A wrong argument, as opposed to wrong data: exit code 2."""
-
-
 def parser():
     def whole(text, least=0):
         if not text.isdigit() or int(text) < least: raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
@@ -490,7 +487,7 @@ def parser():
     add("--temperature", type=float, default=1.0, metavar="T", help="divides logits, here and in sampling (default: 1)")
     add("--attribute", type=whole, default=0, metavar="N", help="attribute log-probs of N responses to the writes; slow (default: 0)")
     add("--chunk", type=natural, default=128, metavar="N", help="states unembedded at once, 8 V bytes each (default: 128)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: bfloat16 on a GPU, float32 on a CPU)")
     add("--seed", type=whole, default=0, help="of sampling and thinning (default: 0)")
     add = p.add_argument_group("output").add_argument
@@ -517,10 +514,10 @@ def variants(args):
             start = read_json(run / "config.json").get("model")
             if isinstance(start, str): saved[0] = start
         if bad := [s for s in args.steps if not s.isdigit() or int(s) not in saved]:
-            raise Usage(f"--steps {bad[0]}: {run} has {', '.join(map(str, sorted(saved))) or 'no step_ folders'}")
+            raise ValueError(f"--steps {bad[0]}: {run} has {', '.join(map(str, sorted(saved))) or 'no step_ folders'}")
         found = [(f"step {int(s)}", int(s), saved[int(s)]) for s in args.steps]
     elif saved:
-        raise Usage(f"{run} is a run, not a model: follow it with --steps 0,{max(saved)}, or give --model {saved[max(saved)]}")
+        raise ValueError(f"{run} is a run, not a model: follow it with --steps 0,{max(saved)}, or give --model {saved[max(saved)]}")
     found += [(label(m), None, m) for m in args.compare]
     out = {}
     for name, step, folder in found: out[name if name not in out else f"{name} ({folder})"] = step, folder
@@ -538,19 +535,18 @@ def sequences_from(path, limit):
             except ValueError: row = None
             prompt, ids = (row.get(k) if isinstance(row, dict) else None for k in ("prompt_ids", "ids"))
             if not prompt or not all(isinstance(x, list) and all(type(i) is int for i in x) for x in (prompt, ids)):
-                raise ValueError(f"{path}:{n}: not a JSON object with lists of token ids 'prompt_ids' (at least one) and 'ids'")
+                raise DataError(f"{path}:{n}: not a JSON object with lists of token ids 'prompt_ids' (at least one) and 'ids'")
             if ids: out.append((prompt + ids, len(prompt)))
             if len(out) == limit: break
-    if not out: raise ValueError(f"{path}: no responses in it")
+    if not out: raise DataError(f"{path}: no responses in it")
     return out
 
 
 def sample(model, tokenizer, args):
     """Responses of the model to the first problems of --data: [(ids, prompt_len)]."""
-    from data import load_problems
     from rollout import Sampler
     problems = load_problems(args.data)[:args.limit]
-    if not problems: raise ValueError(f"{args.data}: no problems in it")
+    if not problems: raise DataError(f"{args.data}: no problems in it")
     system = {} if args.system is None else {"system": args.system}
     prompts = [list(tokenizer.chat(p.question, **system)) for p in problems]
     sampler = Sampler(model, slots=min(16, len(prompts) * args.samples), max_len=max(map(len, prompts)) + args.max_new_tokens)
@@ -582,25 +578,19 @@ def report(tables, rows, changes, internal_steps):
 
 def analyse(args):
     """The command: model, responses, measurement, report, files, figures."""
-    if bad := set(args.components) - set(COMPONENTS): raise Usage(f"--components: no {min(bad)}; there are {', '.join(COMPONENTS)}")
-    if not args.temperature > 0: raise Usage(f"--temperature {args.temperature} must be above 0")
-    try: device = torch.empty(0, device=args.device).device
-    except (RuntimeError, AssertionError): raise Usage(f"--device {args.device}: not on this machine; try cpu") from None
+    if bad := set(args.components) - set(COMPONENTS): raise ValueError(f"--components: no {min(bad)}; there are {', '.join(COMPONENTS)}")
+    if not args.temperature > 0: raise ValueError(f"--temperature {args.temperature} must be above 0")
+    device = torch.device(pick_device(args.device))
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     models = variants(args)
     out = Path(args.out or f"out/decompose-{re.sub(r'[^A-Za-z0-9._-]', '-', label(args.model))}")
-    if out.exists() and not out.is_dir(): raise Usage(f"--out {out} is a file; name a folder")
-
-    def open_model(folder):
-        try: return load(folder, dtype, device)
-        except (ValueError, OSError) as e: raise Usage(e) from None
-
-    model = open_model(next(iter(models.values()))[1])
+    if out.exists() and not out.is_dir(): raise ValueError(f"--out {out} is a file; name a folder")
+    model = load(next(iter(models.values()))[1], dtype, device)
     import tokenizer as tokenizers
     tokenizer = None
     try: tokenizer = tokenizers.load(model.folder)
     except (ValueError, OSError) as e:
-        if not args.samples_file: raise Usage(e) from None
+        if not args.samples_file: raise
         print(f"figures will show token ids, not texts: {e}")
     if args.samples_file: sequences = sequences_from(args.samples_file, args.limit)
     elif args.text is not None: sequences = [(list(tokenizer.encode(args.text)), 1)]
@@ -611,7 +601,7 @@ def analyse(args):
     for k, (name, (step, folder)) in enumerate(models.items()):
         if k:
             del model      # before the next one takes its place
-            model = open_model(folder)
+            model = load(folder, dtype, device)
         n_states = sum(model.config.n_layers if c in BLOCK else 1 for c in set(args.components))
         with tqdm(total=n_tokens * n_states, unit="state", unit_scale=True, desc=name, disable=None) as bar:
             tables[name] = measure_all(
@@ -646,13 +636,8 @@ def write(out, tables, rows, changes, attributions, tokenizer):
                             **{**table, "meta": np.array(json.dumps({**table["meta"], "run": name}))})
 
 
-def main(argv=None):
-    try: analyse(parser().parse_args(argv))
-    except KeyboardInterrupt: sys.exit(130)
-    except (ValueError, OSError) as e:
-        print(f"decompose.py: {e}", file=sys.stderr)
-        sys.exit(2 if isinstance(e, (Usage, FileNotFoundError)) else 3)
+def main(argv=None): analyse(parser().parse_args(argv))
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

@@ -12,8 +12,6 @@ A difference of a few points on 30 questions is noise: the standard error over q
 import argparse
 import json
 import os
-import re
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ import torch
 
 import parallel
 import tokenizer as tokenizers
-from checkpoint import CheckpointError
+from cli import guarded, natural, pick_device, short_name
 from data import DataError, Problem, fingerprint, load_problems
 from model import load
 from rollout import Sample, Sampler
@@ -70,10 +68,7 @@ def encode_prompts(tokenizer, problems, max_prompt_tokens, system=SYSTEM, thinki
 
 
 def answer(sampler, tokenizer, prompts, n, max_new_tokens, temperature=1.0, seed=0, verifier="nanobupo", progress=None):
-    """Sample n responses to each (problem, prompt ids) and grade them: a list of n Answered for each problem, in order.
-
-    Of several ranks each answers its share, and all get all.
-    """
+    """Sample n responses to each (problem, prompt ids) of this rank's share and grade them: a list of n Answered for each, in order."""
     mine, out = parallel.share(len(prompts)), []
     groups = sampler.generate([ids for _, ids in prompts[mine]], n, max_new_tokens, temperature, tokenizer.stop_ids, seed,
                               n_vocab=min(tokenizer.n_vocab, sampler.model.config.vocab_size),
@@ -82,7 +77,7 @@ def answer(sampler, tokenizer, prompts, n, max_new_tokens, temperature=1.0, seed
         texts = [tokenizer.decode(s.ids[:-1] if s.stopped else s.ids) for s in samples]
         verdicts = [judge(text, problem.answer, verifier) for text in texts]
         out.append([Answered(problem, ids, *rest) for rest in zip(samples, texts, verdicts, strict=True)])
-    return parallel.collect(out)
+    return out
 
 
 def judge(text, gold, verifier) -> Verdict:
@@ -105,60 +100,6 @@ def scores(groups: list[list[Answered]]) -> dict:
             "mean_length": sum(len(a.sample.ids) for a in flat) / len(flat),
             "truncated": sum(not a.sample.stopped for a in flat) / len(flat),
             "reasons": dict(sorted(reasons.items(), key=lambda kv: -kv[1]))}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what the commands share
-
-OUT_OF_MEMORY = "out of memory: lower --micro-tokens or --slots, or shorten --max-new-tokens"
-
-
-def guarded(main, argv=None):
-    """Run a command; what goes wrong ends in one line and an exit code: 2 usage, 3 data, 4 checkpoint, 5 numerics, 6 memory, 7 another
-    rank died, 130 Ctrl-C."""
-    try:
-        parallel.start()
-        out = main(argv)
-        parallel.stop()
-        return out
-    except KeyboardInterrupt:
-        message, code = "interrupted", 130
-    except DataError as e: message, code = e, 3
-    except CheckpointError as e: message, code = e, 4
-    except FloatingPointError as e: message, code = e, 5
-    except (torch.OutOfMemoryError, MemoryError) as e:
-        message, code = f"{OUT_OF_MEMORY} ({' '.join(str(e).split())[:120]})", 6
-    except (ValueError, OSError) as e: message, code = e, 2
-    except RuntimeError as e:
-        if "DefaultCPUAllocator" in str(e): message, code = OUT_OF_MEMORY, 6      # a CPU's shortage has no class of its own
-        elif parallel.lost(e):
-            message = "another rank ended or does not answer: see what it printed; checkpoints stand, run again to resume"
-            code = parallel.LOST
-        else: raise
-        message = f"{message} ({' '.join(str(e).split())[:120]})"
-    parallel.leave(f"{Path(sys.argv[0]).name}: {message}", code)
-
-
-def natural(text):
-    """argparse type: a whole number of at least 1."""
-    value = int(text)
-    if value < 1: raise argparse.ArgumentTypeError(f"{value} is not a whole number of at least 1")
-    return value
-
-
-def pick_device(name):
-    """auto: cuda where there is one, else cpu. Raises ValueError for a device this machine does not have."""
-    if name == "auto": return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {name}: not usable here ({str(e).splitlines()[0][:80]}); use cpu, or leave the flag out") from None
-    return name
-
-
-def short_name(name_or_path) -> str:
-    """A word for folder names: the last part of a path or hub id, without its ending."""
-    return re.sub(r"[^\w.-]|\.(parquet|jsonl?)$", "", Path(name_or_path).name)
 
 
 def parse(argv=None):
@@ -197,8 +138,8 @@ def main(argv=None):
         for name, problems in sets.items():
             start = time.time()
             prompts, dropped = encode_prompts(tokenizer, problems, args.max_prompt_tokens, args.system, args.thinking)
-            groups = answer(sampler, tokenizer, prompts, args.samples, args.max_new_tokens, args.temperature, args.seed, args.verifier,
-                            progress=name)
+            groups = parallel.collect(answer(sampler, tokenizer, prompts, args.samples, args.max_new_tokens, args.temperature, args.seed,
+                                             args.verifier, progress=name))
             if not results["sets"]:
                 print(f"first prompt:\n{tokenizer.decode(groups[0][0].prompt)}\nfirst response:\n{groups[0][0].text}\n")
             for group in groups:

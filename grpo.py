@@ -10,10 +10,12 @@ Nothing here knows which policy the log-probs come from: that of the model, or t
 The loss a run prints is about 0 by construction: advantages are centred and the ratio starts at 1. Its gradient is not. Watch the reward.
 """
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from model import project
+from model import packed, project
 
 
 def group_advantages(rewards: torch.Tensor, kind="grpo", eps=1e-6) -> torch.Tensor:
@@ -152,36 +154,39 @@ class Response:
 
 @dataclass
 class Batch:
-    """Right-padded responses. `at` picks, from the flat [B*T], the positions whose policy produced the response tokens, in order."""
-    ids: torch.Tensor         # [B,T]; what stands right of a response is never looked at
+    """Right-padded responses [B,T], or packed ones: end to end [T]. `at` picks, from all positions, those whose policy produced the
+    response tokens, in order."""
+    ids: torch.Tensor         # [B,T] or [T]; what stands right of a padded response is never looked at
     at: torch.Tensor          # [M] flat positions: a response token sits one to the right of the state that produced it
     targets: torch.Tensor     # [M] the response tokens
     advantages: torch.Tensor  # [M]
     lengths: list[int]        # response tokens of each row, sum = M
+    forward: dict             # what Transformer.forward needs beside the ids: nothing, or of packed ones `pos` and `attend`
 
 
-def collate(responses: list[Response], device="cpu") -> Batch:
-    """Pad responses to one Batch. Positions come from lengths, never from comparing ids, so a stop or pad id in the text is harmless."""
-    T = max(len(r.prompt) + len(r.ids) for r in responses)
-    ids = torch.zeros(len(responses), T, dtype=torch.long)
-    at = []
-    for row, r in enumerate(responses):
-        whole = r.prompt + r.ids
-        ids[row, :len(whole)] = torch.tensor(whole)
-        start = row * T + len(r.prompt) - 1
-        at.append(torch.arange(start, start + len(r.ids)))
-    at, lengths = torch.cat(at), [len(r.ids) for r in responses]
+def collate(responses: list[Response], device="cpu", pack=False) -> Batch:
+    """Pad or pack responses to one Batch. Positions come from lengths, never from comparing ids, so a stop or pad id in the text is
+    harmless."""
+    rows, lengths = [torch.tensor(r.prompt + r.ids) for r in responses], [len(r.ids) for r in responses]
+    ids = torch.cat(rows) if pack else pad_sequence(rows, batch_first=True)
+    starts = [0, *accumulate(map(len, rows))] if pack else range(0, ids.numel(), ids.shape[1])
+    at = torch.cat([torch.arange(n) + start + len(r.prompt) - 1 for r, n, start in zip(responses, lengths, starts, strict=False)])
     advantages = torch.tensor([r.advantage for r in responses]).repeat_interleave(torch.tensor(lengths))
-    return Batch(*(t.to(device) for t in (ids, at, ids.flatten()[at + 1], advantages)), lengths)
+    forward = {}
+    if pack: forward = {"pos": torch.cat([torch.arange(len(row)) for row in rows]).to(device), "attend": packed([*map(len, rows)], device)}
+    return Batch(*(t.to(device) for t in (ids, at, ids.flatten()[at + 1], advantages)), lengths, forward)
 
 
-def micro_batches(responses: list[Response], max_tokens: int) -> list[list[Response]]:
-    """Cut responses into lists whose padded size (rows x longest) is at most max_tokens, longest first, so that padding is small and
-    an out-of-memory shows at the first one. A response longer than max_tokens gets a list of its own."""
-    out, longest = [], 0
+def micro_batches(responses: list[Response], max_tokens: int, pack=False) -> list[list[Response]]:
+    """Cut responses into lists of at most max_tokens tokens, counted padded (rows x longest) or packed; longest first, so that padding is
+    small and an out-of-memory shows at the first one. A response longer than max_tokens gets a list of its own."""
+    out, room = [], 0
     for r in sorted(responses, key=lambda r: -(len(r.prompt) + len(r.ids))):
-        if not out or (len(out[-1]) + 1) * longest > max_tokens:
+        n = len(r.prompt) + len(r.ids)
+        if pack or not out: size = n         # padded: as wide as the first of its list
+        if size > room:
             out.append([])
-            longest = len(r.prompt) + len(r.ids)
+            size, room = n, max_tokens
         out[-1].append(r)
+        room -= size
     return out

@@ -125,12 +125,17 @@ def total(sums: dict[str, float]) -> dict[str, float]:
     return dict(zip(sums, values.tolist(), strict=True))
 
 
+def largest(n: int) -> int:
+    """The largest of all ranks' numbers."""
+    if world() == 1: return n
+    most = torch.tensor(n)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return most.item()
+
+
 def in_step(batches: list) -> list:
     """Batches, followed by a None for each that another rank has more: every forward and backward is a meeting of all ranks."""
-    if world() == 1: return batches
-    most = torch.tensor(len(batches))
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return batches + [None] * (most.item() - len(batches))
+    return batches + [None] * (largest(len(batches)) - len(batches))
 
 
 def on_first(f, *args, **kw):
@@ -183,6 +188,11 @@ def plain(model, device) -> Transformer:
     with torch.device("meta"): out = Transformer(model.config)
     out.folder = model.folder
     return out.to(model.unembedding.dtype).to_empty(device=device).requires_grad_(False)
+
+
+def mine(t):
+    """This rank's shard of a tensor; all of one that is not sharded."""
+    return t.to_local() if isinstance(t, DTensor) else t
 
 
 @torch.no_grad()

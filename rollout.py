@@ -18,7 +18,6 @@ Noise is a hash of (seed, prompt index, sample index, step, token), not a stream
 else is in the batch, on the number of slots, or on when its slot was free.
 """
 import copy
-import inspect
 import math
 import time
 from collections import deque
@@ -32,7 +31,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from model import Block, Transformer, causal
+from model import Block, Transformer, compute_dtype, flash, has_flash, packed, public_kernel
 
 PREFILL_TOKENS = 16384  # prompt tokens in one forward: enough to keep a GPU busy, little enough for their activations to fit anywhere
 
@@ -98,36 +97,7 @@ def restrict(z, top_k, top_p, min_p):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# attention over a cache, and over packed prompts
-
-def has_flash(device, dtype, head_dim):
-    """Whether FlashAttention-2 inside torch can serve: half precision on an Ampere GPU or later."""
-    return (device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
-            and torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device)[0] >= 8)
-
-
-@cache
-def public_kernel():
-    """torch's varlen_attn where it takes the live length of every row, from torch 2.12; None before, when only the operator behind it
-    does. Imported when it is needed: it brings the whole compiler along, which takes seconds."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn if "seqused_k" in inspect.signature(varlen_attn).parameters else None
-
-
-def flash(q, k, v, q_starts, k_starts, max_q, max_k, used=None):
-    """FlashAttention-2 over sequences packed along dimension 0; causal, unless every sequence has one query.
-
-    q [T,H,E], k and v [T',K,E]; *_starts int32 [n+1], where each sequence begins; used int32 [n], how many keys of each are live.
-    """
-    causal = max_q > 1
-    if varlen_attn := public_kernel():
-        window = -1, 0 if causal else -1                         # tokens seen to the left and to the right, -1 is all
-        return varlen_attn(q, k, v, q_starts, k_starts, max_q, max_k, window_size=window, seqused_k=used, enable_gqa=True)
-    return torch.ops.aten._flash_attention_forward(q, k, v, q_starts, k_starts, max_q, max_k, 0.0, causal, False, seqused_k=used)[0]
-
+# attention over a cache
 
 def flash_decode(q, k, v, pos):
     """One query a row over its keys 0..pos: q [B,H,E], k and v [B,S,K,E], pos [B] -> [B,H,E]. Reads live keys only, splits long rows."""
@@ -156,8 +126,8 @@ class Sampler:
 
     KV memory is 2 * L * slots * (max_len + 1) * K * E elements, taken by `start` (or the first `generate`) and given back by `stop`.
     Under autocast the blocks' matrices are cast once a `generate`, not at every step: 2 more bytes for each of their parameters.
-    `stats` describes the last `generate`: tokens (generated), prompt_tokens (prefilled), steps, prefill_seconds, decode_seconds,
-    occupancy (tokens kept / rows computed), recompiles (graphs compiled, but for a sampler's first).
+    `stats` describes the last `generate`: tokens (generated), prompt_tokens (prefilled), steps, seconds, of these prefill_seconds and
+    decode_seconds, occupancy (tokens kept / rows computed), recompiles (graphs compiled, but for a sampler's first).
     """
 
     def __init__(self, model: Transformer, slots=None, max_len=2048, compile=False, sync=None):
@@ -175,7 +145,7 @@ class Sampler:
         """Take the memory of the KV cache and of the per-row state; harmless when already taken. ValueError when there is too little."""
         if self.cache is not None: return
         c, S, device, dtype = self.model.config, self.max_len + 1, self.model.unembedding.device, self.model.unembedding.dtype
-        if torch.is_autocast_enabled(device.type): dtype = torch.get_autocast_dtype(device.type)
+        dtype = compute_dtype(device, dtype)
         self.net = self.model if dtype == self.model.unembedding.dtype and not self.compile else twin(self.model, dtype, self.compile)
         row = S * (2 * c.n_layers * c.n_kv_heads * c.head_dim * dtype.itemsize + 12)
         if device.type == "cuda":
@@ -256,14 +226,12 @@ class Sampler:
         pos = torch.cat([torch.arange(n) for n in lengths]).to(device)
         source = torch.cat([torch.arange(a, a + n) for a, n, group in zip(starts, lengths, slots, strict=False) for _ in group]).to(device)
         target = torch.cat([torch.arange(s * S, s * S + n) for n, group in zip(lengths, slots, strict=True) for s in group]).to(device)
-        offsets = torch.tensor(starts, dtype=torch.int32, device=device)
+        apart = packed(lengths, device)
 
         def attend(layer, q, k, v):   # q [T,H,E], k and v [T,K,E]
             q, k, v = (t.to(self.cache[0][0].dtype) for t in (q, k, v))
             for old, new in zip(self.cache[layer - 1], (k, v), strict=True): old.flatten(0, 1)[target] = new[source]
-            if self.flash: return flash(q, k, v, offsets, offsets, max(lengths), max(lengths))
-            return torch.cat([causal(layer, q[None, a:b], k[None, a:b], v[None, a:b])[0]
-                              for a, b in zip(starts, starts[1:], strict=False) if a < b])
+            return apart(layer, q, k, v)
 
         self.net(ids, pos=pos, attend=attend)
 
@@ -291,7 +259,9 @@ class Sampler:
         self.check(prompts, n, limits, temperature, n_vocab, (top_k, top_p, min_p))
         out = [[Sample([], [], False) for _ in range(n)] for _ in prompts]
         waiting = deque((i, j) for i in range(len(prompts)) for j in range(n) if limits[i] > 0)
-        self.stats = stats = dict(tokens=0, prompt_tokens=0, steps=0, prefill_seconds=0.0, decode_seconds=0.0, occupancy=1.0, recompiles=0)
+        begin, self.stats = time.perf_counter(), dict.fromkeys(("tokens", "prompt_tokens", "steps", "recompiles"), 0)
+        stats = self.stats
+        stats.update(seconds=0.0, prefill_seconds=0.0, decode_seconds=0.0, occupancy=1.0)
         if not waiting: return out
         filters, graphs, rows = (top_k, top_p, min_p) if top_k or top_p < 1 or min_p else None, compiled_graphs() if self.compile else 0, 0
         self.set_up(temperature, stop_ids, n_vocab)
@@ -319,7 +289,7 @@ class Sampler:
                 tokens = stats["tokens"] + sum(drawn[s] for s in owner)
                 seconds = stats["prefill_seconds"] + stats["decode_seconds"]
                 bar.set_postfix_str(f"{tokens / seconds:,.0f} tok/s, {len(owner)} live", refresh=False)
-        stats["occupancy"] = stats["tokens"] / rows
+        stats["occupancy"], stats["seconds"] = stats["tokens"] / rows, time.perf_counter() - begin
         if self.compile: stats["recompiles"], self.warm = compiled_graphs() - graphs - (not self.warm), True
         return out
 

@@ -16,6 +16,8 @@ same command run again resumes from the newest valid step. Exit codes: 0 done, 2
 import argparse
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,11 +35,12 @@ import parallel
 import plot
 import tiny
 import tokenizer as tokenizers
-from bupo import Schedule, backward, policy_logprobs, stored_logprobs
+from bupo import Schedule, backward, forward_flops, policy_logprobs, stored_logprobs
+from cli import guarded, natural, no_memory, pick_device, short_name
 from data import DataError, batch, fingerprint, load_problems, unverifiable
-from eval import answer, avg_at_k, encode_prompts, guarded, natural, pick_device, short_name
+from eval import answer, avg_at_k, encode_prompts
 from grpo import Response, collate, group_advantages, overlong_penalty
-from model import Config, Transformer, load, read_json, resolve
+from model import Config, Transformer, compile_blocks, load, read_json, resolve
 from optimizer import BYTES, SplitAdamW
 from rollout import Sampler, fold
 from tokenizer import SYSTEM, Tokenizer
@@ -112,6 +115,8 @@ def parser():
     add("--dtype", None, "of the weights (default float32, with split bfloat16); float32 weights compute in bfloat16 on cuda", type=str,
         choices=("float32", "bfloat16"))
     add("--recompute", False, "run each block again in the backward instead of keeping its activations", action="store_true")
+    add("--compile-blocks", False, "compile the blocks for training (pays on a GPU)", action="store_true")
+    add("--oom-retry", False, "out of memory in an update: halve --micro-tokens and do the update again", action="store_true")
 
     add = flags("run")
     add("--out", None, "run folder (default out/MODEL)", type=str)
@@ -157,22 +162,28 @@ class Signals:
     """What SIGTERM and Ctrl-C do in the loop: sampling and evaluation are left at once, an update or a save is finished first; then the
     last whole step is saved and the process ends with 75 or 130. A second signal ends it on the spot; the last checkpoint stands.
 
-    Under torchrun, which ends all ranks together, signals keep their usual meaning.
+    Under torchrun all ranks stop at the same step, whichever of them was told to, and a second signal is not heeded: torchrun passes on
+    the first to ranks that have it already, and sends SIGKILL half a minute later by itself.
     """
 
-    def __init__(self): self.got, self.leave = None, False
+    def __init__(self): self.got, self.leave = 0, False
 
-    def __enter__(self):
-        numbers = (signal.SIGTERM, signal.SIGINT) if parallel.world() == 1 else ()
-        self.before = {number: signal.signal(number, self.take) for number in numbers}
+    def __enter__(self): self.before = {number: signal.signal(number, self.take) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def __exit__(self, *_):
         for number, handler in self.before.items(): signal.signal(number, handler)
 
     def take(self, number, frame):
         self.got = number
-        self.__exit__()
+        if parallel.world() == 1: self.__exit__()
+        else:
+            for n in self.before: signal.signal(n, signal.SIG_IGN)
         if self.leave: raise Stopped
+
+    def agree(self) -> int:
+        """The signal that any rank has got; 0 for none. All ranks must ask."""
+        self.got = parallel.largest(self.got)
+        return self.got
 
     @contextmanager
     def may_leave(self):
@@ -199,6 +210,9 @@ class Run:
     schedule: Schedule | None = None
     reference: Transformer | None = None    # the starting model, with a KL term only
     signals: Signals = field(default_factory=Signals)
+    step: int = 0                           # the step under way
+    seconds: dict = field(default_factory=dict)     # what its parts took
+    unfit: int = 0                          # updates in a row that were left out for want of finite gradients
 
     @property
     def n_vocab(self):
@@ -210,10 +224,25 @@ class Run:
         return torch.autocast("cuda", torch.bfloat16, enabled=self.model.unembedding.is_cuda and self.args.dtype == "float32")
 
     def respond(self, pairs, n, *name, bar=None):
-        """n graded responses to each (problem, prompt ids), drawn with the noise of (seed, *name)."""
-        a = self.args
-        with self.signals.may_leave(), self.autocast():
-            return answer(self.sampler, self.tokenizer, pairs, n, a.max_new_tokens, a.temperature, fold(a.seed, *name), a.verifier, bar)
+        """n graded responses to each (problem, prompt ids), drawn with the noise of (seed, *name), of all ranks. Stopped, on all of them,
+        when one has got a signal meanwhile."""
+        a, mine = self.args, []
+        with self.clock("grade"):
+            with suppress(Stopped), self.signals.may_leave(), self.autocast():
+                mine = answer(self.sampler, self.tokenizer, pairs, n, a.max_new_tokens, a.temperature, fold(a.seed, *name), a.verifier, bar)
+            if self.signals.agree(): raise Stopped
+            out = parallel.collect(mine)
+        self.seconds["rollout"] = self.seconds.get("rollout", 0) + self.sampler.stats["seconds"]
+        self.seconds["grade"] -= self.sampler.stats["seconds"]
+        return out
+
+    @contextmanager
+    def clock(self, part):
+        """Add the seconds spent in here to those of a part of the step."""
+        start = time.perf_counter()
+        yield
+        if self.model.unembedding.is_cuda: torch.cuda.synchronize()
+        self.seconds[part] = self.seconds.get(part, 0) + time.perf_counter() - start
 
     def policy(self):
         """Keywords of policy_logprobs and of what calls it."""
@@ -237,6 +266,7 @@ def open_run(args) -> Run:
                         f"(first: {bad[0].answer!r:.60}); their reward would always be 0")
     model = load(folder or parallel.on_first(tiny.warm_up, args.out / "warm-up", args.seed), getattr(torch, args.dtype), device)
     model.recompute = args.recompute
+    if args.compile_blocks: compile_blocks(model)
     if args.max_new_tokens is None: args.max_new_tokens = 3072 if model.config.family == "llama" else 7168
     if args.max_prompt_tokens + args.max_new_tokens > model.config.max_len:
         raise ValueError(f"--max-prompt-tokens {args.max_prompt_tokens} + --max-new-tokens {args.max_new_tokens} exceed the "
@@ -298,8 +328,15 @@ def show_plan(run):
     for layer, _ in run.schedule.phases:
         print(f"layer {layer} is hidden_states[{layer}] in transformers and blocks.{layer - 1}.hook_resid_post in TransformerLens")
     plan = memory_plan(c, args, device.type == "cuda")
-    there = f" of {torch.cuda.get_device_properties(device).total_memory / 1e9:.0f}" if device.type == "cuda" else ""
-    print("memory, GB: " + ", ".join(f"{k} {v:.2f}" for k, v in plan.items()) + f"; together at most {sum(plan.values()):.2f}{there}")
+    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else \
+        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    print("memory, GB: " + ", ".join(f"{k} {v:.2f}" for k, v in plan.items()) + f"; together at most {sum(plan.values()):.2f} of the "
+          f"{there / 1e9:.0f} there are")
+    size = (plan["weights"] + plan["optimizer state"]) * parallel.world() / args.replicas
+    free = shutil.disk_usage(next(p for p in (args.out.resolve(), *args.out.resolve().parents) if p.exists())).free / 1e9
+    if free < 2 * size:
+        print(f"warning: checkpoints take {size:.1f} GB each, two stand side by side at times, and {free:.1f} GB are free for {args.out}",
+              file=sys.stderr)
     print("the loss is 0 by construction (advantages are centred, the ratio starts at 1): watch the reward")
     print(f"first prompt:\n{run.tokenizer.decode(run.prompts[0][1])}", flush=True)
 
@@ -317,7 +354,7 @@ def resume(run, model, optimizer) -> int:
     checkpoint.clean(out)
     settings = {**{k: v if isinstance(v, (int, float, type(None))) else str(v) for k, v in vars(args).items()},
                 "data_sha256": run.data_sha256, "torch": torch.__version__, "python": sys.version.split()[0], "commit": commit()}
-    logs, step = [out / "metrics.jsonl", out / "samples.jsonl"], 0
+    logs, step = [out / name for name in checkpoint.LOGS], 0
     if args.fresh and logs[0].exists():
         if not args.overwrite:
             raise ValueError(f"{out} holds a run: add --overwrite to delete it, leave out --fresh to resume it, or name another --out")
@@ -349,6 +386,24 @@ def commit():
 # ---------------------------------------------------------------------------------------------------------------------
 # one step
 
+def rehearse(run, optimizer):
+    """The largest rollout and the largest update there can be, once, beside all that is held then: memory that will not do is missed now,
+    and not when the first long responses come.
+    """
+    args, model = run.args, run.model
+    plan = memory_plan(model.config, args, model.unembedding.is_cuda)
+    size = 0 if optimizer.state else int(1e9 * plan["optimizer state"])      # moments come with the first update
+    held = torch.empty(size, dtype=torch.uint8, device=model.unembedding.device)
+    with run.autocast():
+        run.sampler.start()
+        run.sampler.stop()
+        row = Response([0] * args.max_prompt_tokens, [0] * args.max_new_tokens, [0.0] * args.max_new_tokens, 1.0)
+        rows = max(1, args.micro_tokens // (args.max_prompt_tokens + args.max_new_tokens)) * parallel.world()
+        fitting_backward(run, [row] * rows, model.config.n_layers, norm=args.internal_norm, **run.policy())
+    model.zero_grad()
+    del held
+
+
 def clip_gradients(model, limit) -> torch.Tensor:
     """Scale the gradients down to a joint norm of at most `limit`; returns the norm before, summed in float32 whatever their dtype."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -357,8 +412,47 @@ def clip_gradients(model, limit) -> torch.Tensor:
     return norm
 
 
+def fitting_backward(run, mini, layer, **common):
+    """`bupo.backward`; out of memory it says what was too large, or with --oom-retry starts again with half the --micro-tokens."""
+    args = run.args
+    while True:
+        try:
+            return backward(run.model, mini, layer, max_tokens=args.micro_tokens, **common)
+        except (torch.OutOfMemoryError, RuntimeError) as e:
+            if not no_memory(e): raise
+            longest, why = max(len(r.prompt) + len(r.ids) for r in mini), " ".join(str(e).split())[:120]
+            if not args.oom_retry or parallel.world() > 1 or args.micro_tokens <= longest:
+                raise torch.OutOfMemoryError(f"in an update of layer {layer}: micro-batches of {args.micro_tokens} tokens, the longest "
+                                             f"response with its prompt {longest}, {peak_gb(run.model):.1f} GB held; {why}") from None
+        run.model.zero_grad()      # the part that was done: what the loss divides by is that of the whole mini-batch, at any size
+        args.micro_tokens = max(args.micro_tokens // 2, longest)
+        print(f"out of memory: --micro-tokens {args.micro_tokens} from here on, which changes no gradient", file=sys.stderr, flush=True)
+
+
+UNFIT = 3    # updates in a row without finite gradients that end a run
+
+
+def leave_out(run, mini, layer):
+    """What happens in place of an update whose gradient is NaN or infinite: its batch is written out. FloatingPointError at the third in
+    a row."""
+    grads = ((name, parallel.whole(p.grad)) for name, p in run.model.named_parameters() if p.grad is not None)
+    bad = next((name for name, grad in grads if not grad.isfinite().all()), "its norm")
+    run.model.zero_grad()
+    run.unfit += 1
+    path = run.args.out / "bad_batches.jsonl"
+    if parallel.rank() == 0:
+        with open(path, "a", encoding="utf-8") as f:
+            for r in mini:
+                f.write(json.dumps({"step": run.step, "layer": layer, "first": bad, "advantage": r.advantage, "prompt_ids": r.prompt,
+                                    "ids": r.ids, "sampler_logprobs": r.sampler_logprobs}) + "\n")
+    print(f"step {run.step}: the gradient is not finite (first in {bad}), nothing was updated; the batch is in {path}", file=sys.stderr)
+    if run.unfit == UNFIT:
+        raise FloatingPointError(f"the gradient is not finite in {UNFIT} updates in a row (first in {bad}); their batches are in {path}, "
+                                 "the last checkpoint stands: lower --lr and resume with --override")
+
+
 def update(run, optimizer, groups, layer):
-    """The optimizer updates of one step on groups of Responses. Returns sums over tokens, and the gradients' norms before clipping.
+    """The optimizer updates of one step on groups of Responses. Returns sums over tokens, the gradients' norms before clipping, and FLOPs.
 
     A mini-batch without any advantage makes no update at all: an optimizer step on zero gradients would still move weights, by decay and
     by old moments.
@@ -366,27 +460,44 @@ def update(run, optimizer, groups, layer):
     args = run.args
     clip = dict(clip_low=args.clip_low, clip_high=args.clip_high, dual_clip=args.dual_clip or None)
     clip |= dict(loss=args.loss, limit=args.max_new_tokens, kl=args.kl, tis=args.tis or None)
-    common = dict(max_tokens=args.micro_tokens, norm=args.internal_norm, **run.policy())
+    common = dict(norm=args.internal_norm, **run.policy())
     minis = [[r for group in groups[i:i + args.mini_prompts] for r in group if r.ids] for i in range(0, len(groups), args.mini_prompts)]
     mine = [r for mini in minis for r in parallel.deal(mini)]      # `backward` deals them to the same ranks
+    sums, norms, flops = {}, [], 0
     for name, model in (("old_logprobs", run.model if len(minis) > 1 else None), ("ref_logprobs", run.reference)):
         if model is None: continue
-        for r, logprobs in zip(mine, stored_logprobs(model, mine, layer, **common), strict=True): setattr(r, name, logprobs)
-    sums, norms = {}, []
+        with run.clock("logprobs"): stored = stored_logprobs(model, mine, layer, args.micro_tokens, **common)
+        for r, logprobs in zip(mine, stored, strict=True): setattr(r, name, logprobs)
+        flops += sum(forward_flops(run.model, mini, layer) for mini in minis)
     for mini in minis:
         if all(r.advantage == 0 for r in mini): continue
-        seen = backward(run.model, mini, layer, **clip, **common)
-        norm = clip_gradients(run.model, args.grad_clip)
-        if not torch.isfinite(norm):
-            bad = (n for n, p in run.model.named_parameters() if p.grad is not None and not parallel.whole(p.grad).isfinite().all())
-            raise FloatingPointError(f"the gradient is not finite (first in {next(bad, 'its norm')}): nothing was updated, and the last "
-                                     "checkpoint stands; lower --lr and resume with --override")
-        optimizer.step()
-        optimizer.zero_grad()      # to None, not to zeros: AdamW must not see the blocks above an internal layer
+        with run.clock("backward"): seen = fitting_backward(run, mini, layer, **clip, **common)
+        flops += 3 * forward_flops(run.model, mini, layer)
+        with run.clock("optimizer"):
+            norm = clip_gradients(run.model, args.grad_clip)
+            if not torch.isfinite(norm):
+                leave_out(run, mini, layer)
+                continue
+            optimizer.step()
+            optimizer.zero_grad()      # to None, not to zeros: AdamW must not see the blocks above an internal layer
+        run.unfit = 0
         norms.append(norm.item())
         for k, v in seen.items(): sums[k] = sums.get(k, 0) + v
-    parallel.refresh(run.model, run.sampler.model)
-    return sums, norms
+    with run.clock("optimizer"): parallel.refresh(run.model, run.sampler.model)
+    return sums, norms, flops
+
+
+def some_weights(model, most=1 << 20):
+    """Up to about `most` of the weights, evenly spaced, of this rank's shards, as bfloat16: what one of that precision would look like."""
+    parts = [parallel.mine(p.detach()).flatten() for p in model.parameters()]
+    stride = max(1, sum(map(len, parts)) // most)
+    return torch.cat([p[::stride].bfloat16() for p in parts])
+
+
+def peak_gb(model) -> float:
+    """Most memory held, in GB: on a GPU by tensors in this step, else by the process since its start."""
+    if model.unembedding.is_cuda: return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 @torch.no_grad()
@@ -457,21 +568,30 @@ def sample(run, step):
 
 def step_once(run, optimizer, step):
     """Sample, grade, update. Returns the step's row of metrics.jsonl and its rows of samples.jsonl."""
-    args, layer, start = run.args, run.schedule.layer_at(step), time.time()
+    args, layer, start, n = run.args, run.schedule.layer_at(step), time.perf_counter(), parallel.world()
+    run.step, run.seconds, before = step, {}, some_weights(run.model)
+    if run.model.unembedding.is_cuda: torch.cuda.reset_peak_memory_stats()
     if args.offload and args.optimizer != "adamw": optimizer.to_host()
     answered, rewards, drawn = sample(run, step)
     groups = [[Response(a.prompt, a.sample.ids, a.sample.logprobs, advantage)
                for a, advantage in zip(group, row, strict=True) if a.sample.stopped or args.overlong != "mask"]
               for group, row in zip(answered, group_advantages(rewards, args.advantage).tolist(), strict=True)]
-    sampled = time.time()
     if run.model.unembedding.is_cuda: run.sampler.stop()      # the KV cache's memory is the trainer's now
     with run.autocast():
-        seen = compare_with_sampler(run, [r for group in groups for r in group])
-        sums, norms = update(run, optimizer, groups, layer)
+        with run.clock("logprobs"): seen = compare_with_sampler(run, [r for group in groups for r in group])
+        sums, norms, flops = update(run, optimizer, groups, layer)
+    after = some_weights(run.model)
+    moved = parallel.total({"moved": (before != after).sum().item(), "all": len(before)})
     samples = [{**a.row(step=step), "reward": r} for group, row in zip(answered, rewards.tolist(), strict=True)
                for a, r in zip(group, row, strict=True)]
-    return {"step": step, **describe(answered, drawn, sums, norms, layer, run.model.config.n_layers), **seen, "lr": args.lr,
-            "time/rollout": sampled - start, "time/train": time.time() - sampled}, samples
+    row = {"step": step, **describe(answered, drawn, sums, norms, layer, run.model.config.n_layers), **seen,
+           "weights_moved": moved["moved"] / moved["all"], "lr": args.lr}
+    spent = dict(run.seconds)
+    spent["other"] = time.perf_counter() - start - sum(spent.values())
+    training = sum(spent.get(part, 0) for part in ("logprobs", "backward", "optimizer"))
+    row |= {"perf/rollout_tok_s": row["num_tokens"] / max(spent["rollout"], 1e-9), "perf/train_tflop_s": flops / n / training / 1e12,
+            "perf/peak_gb": peak_gb(run.model)}
+    return row | {f"time/{part}": seconds for part, seconds in spent.items()}, samples
 
 
 def evaluate(run) -> dict:
@@ -506,7 +626,7 @@ def result(rows, schedule):
 def show(row, bar, steps):
     """A step in the progress bar, or on a line of its own where there is no terminal."""
     line = (f"reward {row['reward']:.3f}  length {row['completions/mean_length']:.0f}  entropy {row.get('entropy', 0):.2f}  "
-            f"layer {row['inter/layer']}  {row['num_tokens'] / max(row['time/rollout'], 1e-9):,.0f} tok/s"
+            f"layer {row['inter/layer']}  {row['perf/rollout_tok_s']:,.0f} tok/s"
             + (f"  accuracy {row['eval/accuracy']:.3f}" if "eval/accuracy" in row else ""))
     if bar.disable: print(f"step {row['step']}/{steps}  {line}", flush=True)
     else: bar.set_postfix_str(line)
@@ -554,13 +674,15 @@ def train(run, optimizer, start, setup_seconds):
                 if args.watch_layers and (step % args.watch_layers == 0 or step == 1): row |= parallel.on_first(watch, run, out)
                 log(row)
                 show(row, bar, args.steps)
-                if step % args.save_every == 0 or step == args.steps:
+                if step == args.steps or (step % args.save_every == 0 and not run.unfit):     # not in the middle of a failure
                     save(step)
                     saved = step
-                if run.signals.got: raise Stopped
+                if run.signals.agree(): raise Stopped
         except Stopped:
             if done > saved: save(done)
-            print(f"stopped after step {done}, which is saved: the same command goes on from there", file=sys.stderr)
+            if parallel.rank() == 0:
+                print(f"stopped after step {done}, which is saved: the same command goes on from there", file=sys.stderr)
+            parallel.stop()
             sys.exit(130 if run.signals.got == signal.SIGINT else 75)
     return rows
 
@@ -582,6 +704,7 @@ def main(argv=None):
         if start: parallel.scatter(*gathered, run.model, optimizer)
         parallel.refresh(run.model, run.sampler.model)
         del gathered
+        if run.model.unembedding.is_cuda: rehearse(run, optimizer)
         with run.signals: rows = train(run, optimizer, start, time.time() - began)
         parallel.on_first(plot.training, args.out / "metrics.jsonl", args.out / "training.png")
     print(f"written: {args.out}/ (metrics.jsonl, samples.jsonl, training.png, checkpoints)")

@@ -47,6 +47,7 @@ def live(argv, log, prepare=None):
     import eval as evaluation
     import plot
     import train
+    from cli import guarded
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())      # its own is a semaphore between processes, which a killed one leaves behind
     plot.training = lambda *paths: None   # drawing takes twice as long as the run: half of the moments would fall into it
@@ -54,7 +55,7 @@ def live(argv, log, prepare=None):
     evaluation.judge = coin
     train.reward = lambda answered, args: float(answered.verdict.correct)       # it hardly ever stops by itself, which would be reward 0
     if prepare: prepare()
-    evaluation.guarded(train.main, argv)
+    guarded(train.main, argv)
 
 
 class Server:
@@ -112,7 +113,7 @@ def command(folder, out, **change) -> list[str]:
 
 def rows(path) -> list[dict]:
     """The rows of a log without their timings."""
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in path.read_text().splitlines()]
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(("time/", "perf/"))} for line in path.read_text().splitlines()]
 
 
 def tensors(folder) -> dict:

@@ -1,10 +1,14 @@
 """The phase schedule, and the identities of the internal policy's gradient."""
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from bupo import Schedule, backward, policy_logprobs, stored_logprobs
+import bupo
+import model as model_file
+from bupo import Schedule, backward, forward_flops, policy_logprobs, stored_logprobs
 from grpo import Response, collate, group_advantages, policy_loss
 from model import Config, Transformer
 
@@ -102,6 +106,60 @@ def test_gradient_equals_the_naive_loss(model, responses, layer):
     model.zero_grad()
     (loss.sum() / len(batch.at)).backward()
     assert close(ours, {n: p.grad for n, p in model.named_parameters()}, rel=2e-6)      # two float32 computations in different orders
+
+
+@pytest.mark.parametrize("layer", [2, L])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_packed_equals_padded(model, responses, layer, recompute):
+    """End to end in one row, each response at its own positions and blind to the others: the same log-probs and gradients."""
+    model.recompute = recompute
+    padded, packed = (policy_logprobs(model, collate(responses, pack=pack), layer) for pack in (False, True))
+    assert max((a - b).abs().max() for a, b in zip(padded, packed, strict=True)) < 1e-5
+    store(model, responses, layer)
+    assert close(grads(model, responses, layer, 40, pack=True), grads(model, responses, layer, pack=False))
+
+
+def test_where_the_kernel_serves_responses_are_packed(model, responses, monkeypatch):
+    """The kernel replaced by a loop that has a gradient: `cut` packs by itself, and old and new log-probs stay those of padded rows."""
+    calls, plain = [], grads(model, responses)
+    before = stored_logprobs(model, responses, L, 64)
+
+    def flash(q, k, v, q_starts, k_starts, max_q, max_k, used=None):
+        calls.append(q_starts.tolist())
+        assert q_starts is k_starts and used is None and max_q == max_k == q_starts.diff().max() and q_starts.dtype == torch.int32
+        parts = [[t[a:b].transpose(0, 1) for t in (q, *(t.repeat_interleave(2, 1) for t in (k, v)))] for a, b in pairwise(q_starts)]
+        return torch.cat([F.scaled_dot_product_attention(*p, is_causal=True).transpose(0, 1) for p in parts])
+    monkeypatch.setattr(model_file, "flash", flash)
+    for module in (model_file, bupo): monkeypatch.setattr(module, "has_flash", lambda *_: True)
+    assert close(grads(model, responses, max_tokens=64), plain) and calls
+    after = stored_logprobs(model, responses, L, 64)
+    assert max((a - b).abs().max() for a, b in zip(before, after, strict=True)) < 1e-5
+    assert all(starts[-1] <= 64 for starts in calls)
+
+
+def test_compiled_blocks_are_the_same_blocks(model, responses):
+    """Gradients of eager blocks, for batches of any size, and no graph more after the first two sizes."""
+    compiled = copy.deepcopy(model)
+    model_file.compile_blocks(compiled)
+    for n in (16, 9):
+        assert close(grads(compiled, responses[:n], 2, pack=False), grads(model, responses[:n], 2)), n
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert close(grads(compiled, responses[:13], pack=False), grads(model, responses[:13]))
+    assert compiled.state_dict().keys() == model.state_dict().keys()
+
+
+def test_forward_flops(model, responses, monkeypatch):
+    """What torch counts of the products (of those by oneDNN it counts none), and attention over all pairs of a token and one before it by
+    hand."""
+    monkeypatch.setattr(model_file, "ONEDNN", False)
+    from torch.utils.flop_counter import FlopCounterMode
+    some = [r for r in responses if len(r.prompt) + len(r.ids) == len(responses[0].prompt) + len(responses[0].ids)]
+    n = len(some[0].prompt) + len(some[0].ids)
+    with FlopCounterMode(display=False) as counter: policy_logprobs(model, collate(some), 2)
+    products = sum(v for op, v in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
+    norms = sum(p.numel() for block in model.blocks[:2] for p in block.parameters() if p.dim() == 1)
+    ours, pairs = forward_flops(model, some, 2), len(some) * n * n / 2
+    assert ours == products + 2 * norms * n * len(some) + 2 * 2 * 2 * pairs * CONFIG.n_heads * CONFIG.head_dim
 
 
 def test_blocks_above_the_layer_are_left_alone(model, responses):

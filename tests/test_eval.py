@@ -8,7 +8,8 @@ import torch
 
 import eval as evaluation
 import tiny
-from eval import avg_at_k, guarded, pass_at_k, scores, short_name
+from cli import guarded, short_name
+from eval import avg_at_k, pass_at_k, scores
 from model import Config, Transformer, save
 
 

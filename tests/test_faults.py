@@ -7,8 +7,8 @@ F3   test_checkpoint.py::test_killed_at_every_file_operation... ("next"), test_l
 F4   test_checkpoint.py::test_damage_falls_back_to_the_checkpoint_before, test_no_bit_of_any_file_can_flip_unnoticed; below: the command
 F5   test_train.py::test_a_signal_saves_the_last_whole_step,
      test_rollout.py::test_a_signal_ends_it_within_one_block_of_steps_and_leaves_it_usable
-F6   not yet: the second signal, which is the system's own default and ends the process like a kill
-F7   not yet: SIGTERM to one rank
+F6   below
+F7   test_parallel.py::test_F07_a_signal_to_one_rank_stops_all_at_the_same_step
 F8   test_parallel.py::test_a_lost_rank_ends_the_other_and_leaves_nothing_half_written
 F9   test_checkpoint.py::test_writing_stops_at_any_byte, test_disk_full_is_one_line_and_nothing_lost; below: the run, and how it goes on
 F10  below
@@ -22,8 +22,8 @@ F16  test_model.py::test_weights_that_are_not_numbers
 F17  test_checkpoint.py::test_a_second_process_is_told_who_holds_the_run, test_a_file_system_without_locks_is_a_warning; below: the command
 F18  test_train.py::test_changed_settings_are_refused_on_resume; below: more steps, --override
 F19  below
-F20  test_train.py::test_nan_stops_before_it_spreads. It stops at the first, rather than the k-th: nothing is lost, a person looks sooner
-F21  the same, and test_checkpoint.py::test_not_a_number_is_never_written
+F20  test_train.py::test_a_gradient_that_is_not_finite_makes_no_update_and_leaves_its_batch
+F21  test_train.py::test_three_in_a_row_end_the_run, test_checkpoint.py::test_not_a_number_is_never_written
 F22  test_train.py::test_equal_rewards_make_no_update; below: moments too
 F23  below
 F24  test_data.py::test_bad_row_is_skipped_with_its_place, test_any_row_is_a_problem_or_a_bad_row, test_share_of_bad_rows
@@ -32,7 +32,7 @@ F26  test_data.py::test_set_smaller_than_a_batch, test_repeated_id; below: a run
 F27  test_train.py::test_mistakes_end_in_one_line ("256 tokens", "longer than 2"); below: dropped and counted
 F28  test_data.py::test_hub_errors_say_what_and_what_to_do, test_offline_means_not_one_request, test_a_local_path_never_asks_the_hub,
      test_model.py::test_an_unreachable_hub_names_the_repository_and_the_ways_out, test_train.py::test_the_headline_command_...
-F29  below: the message. Memory of a GPU that really runs out cannot be had here
+F29  below: the message; test_train.py::test_out_of_memory_..., test_the_rehearsal_... No GPU really runs out of memory here
 F30  test_model.py::test_shards_missing_twice_or_outside_the_folder; fuzz.py "index"
 F31  test_model.py::test_files_that_are_not_what_their_names_say; fuzz.py "weights"
 F32  test_model.py::test_settings_that_would_change_the_maths_are_refused; fuzz.py "config"; below: sizes, foreign code
@@ -67,7 +67,7 @@ import checkpoint
 import eval as evaluation
 import model as model_file
 import train
-from eval import guarded
+from cli import guarded
 
 KILLED = -signal.SIGKILL
 
@@ -250,6 +250,30 @@ def test_F01_a_difference_would_be_seen(whole, tmp_path):
     data[-5] ^= 1
     path.write_bytes(data)
     with pytest.raises(ValueError, match="optim.safetensors is damaged"): result(same)
+
+
+class Twice:
+    """The signal in the n-th backward, two times: the first alone would let the step end."""
+    def __init__(self, number, n): self.number, self.n = number, n
+
+    def __call__(self):
+        backward = torch.Tensor.backward
+
+        def signalled(*a, **k):
+            self.n -= 1
+            for _ in range(2 * (self.n == 0)): signal.raise_signal(self.number)
+            return backward(*a, **k)
+        torch.Tensor.backward = signalled
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
+def test_F06_a_second_signal_ends_it_at_once_without_damage(live, whole, tmp_path, number, code):
+    """In the update of step 4, the checkpoint of step 2 being the last: these two steps are lost and nothing else."""
+    out = tmp_path / "run"
+    got, said = live(out, Twice(number, 7))
+    assert got == code and "stopped after" not in said and "Traceback" not in said and steps(out) == [2], said
+    code, said = live(out)
+    assert code == 0 and f"resuming {out} after step 2" in said and difference(result(whole), result(out)) == "", said
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -500,6 +524,18 @@ def test_F32_absurd_sizes_are_refused_before_any_memory_is_taken(folder, tmp_pat
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
     assert "\n" not in str(e.value) and time.process_time() - began < 2
+
+
+def truncate(path): os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("damage, says", [(truncate, "not a readable safetensors file"), (Path.unlink, "missing weight files"),
+                                          (lambda path: save_file({"x": torch.ones(1)}, path), "do not fit config.json")])
+def test_F12_F13_F14_a_model_whose_weights_are_damaged_is_exit_4(folder, tmp_path, capsys, damage, says):
+    path = Path(shutil.copytree(folder, tmp_path / "model")) / "model.safetensors"
+    damage(path)
+    code, said = mistake(command(path.parent, tmp_path / "run"), capsys)
+    assert code == 4 and says in said and str(path.parent) in said
 
 
 def test_F32_F33_no_code_of_a_folder_is_run(folder, tmp_path):

@@ -149,6 +149,13 @@ def test_collate_positions_by_hand():
     assert batch.advantages.tolist() == [1, 1, -1, -1, -1] and batch.lengths == [2, 3]
 
 
+def test_packed_positions_by_hand():
+    batch = collate([Response([5, 6, 7], [8, 9], [], 1.0), Response([1], [2, 3, 2], [], -1.0)], pack=True)
+    assert batch.ids.tolist() == [5, 6, 7, 8, 9, 1, 2, 3, 2] and batch.forward["pos"].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
+    assert batch.at.tolist() == [2, 3, 5, 6, 7] and batch.targets.tolist() == [8, 9, 2, 3, 2]
+    assert batch.advantages.tolist() == [1, 1, -1, -1, -1] and batch.lengths == [2, 3]
+
+
 def test_micro_batches_keep_all_within_the_budget():
     g = torch.Generator().manual_seed(2)
     rs = [Response([1] * int(p), [2] * int(n), []) for p, n in torch.randint(1, 30, (40, 2), generator=g)]
@@ -158,3 +165,8 @@ def test_micro_batches_keep_all_within_the_budget():
         longest = max(len(r.prompt) + len(r.ids) for r in part)
         assert len(part) * longest <= 100 and longest == len(part[0].prompt) + len(part[0].ids)
     assert [len(part) for part in micro_batches(rs, 1)] == [1] * 40          # longer than the budget: alone, never cut
+    whole = micro_batches(rs, 100, pack=True)
+    sizes = [sum(len(r.prompt) + len(r.ids) for r in part) for part in whole]
+    assert [id(r) for part in whole for r in part] == [id(r) for part in parts for r in part] and max(sizes) <= 100
+    assert all(size + len(b[0].prompt) + len(b[0].ids) > 100 for size, b in zip(sizes, whole[1:], strict=False))     # none had room
+    assert [len(part) for part in micro_batches(rs, 1, pack=True)] == [1] * 40

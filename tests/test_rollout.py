@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import model as model_file
 import rollout
 from model import Config, Transformer
 from rollout import Sampler, exponential, fold, mix, race, restrict
@@ -302,9 +303,9 @@ def test_the_kernels_arguments(monkeypatch, heads, kv, public):
         assert not dropout and not debug and causal == (max_q > 1)
         return (packed_attention(q, k, v, q_starts, k_starts, causal, seqused_k),)
 
-    monkeypatch.setattr(rollout, "public_kernel", lambda: varlen if public else None)
+    monkeypatch.setattr(model_file, "public_kernel", lambda: varlen if public else None)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", operator)
-    monkeypatch.setattr(rollout, "has_flash", lambda *_: True)
+    for module in (model_file, rollout): monkeypatch.setattr(module, "has_flash", lambda *_: True)
     model, prompts = make("qwen3", heads, kv), ragged()
     sampler = Sampler(model, 5, 64, sync=4)
     sampler.shrink = False
@@ -316,8 +317,8 @@ def test_the_kernels_arguments(monkeypatch, heads, kv, public):
 def test_torch_takes_the_kernels_arguments(monkeypatch, public):
     """torch's own shape functions, on tensors that claim to be on a GPU."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-    if not public: monkeypatch.setattr(rollout, "public_kernel", lambda: None)
-    elif not rollout.public_kernel(): pytest.skip("varlen_attn of this torch takes no live lengths")
+    if not public: monkeypatch.setattr(model_file, "public_kernel", lambda: None)
+    elif not model_file.public_kernel(): pytest.skip("varlen_attn of this torch takes no live lengths")
     with FakeTensorMode():
         def t(*shape, dtype=torch.bfloat16): return torch.empty(*shape, dtype=dtype, device="cuda")
         starts = t(4, dtype=torch.int32)

@@ -14,7 +14,7 @@ import checkpoint
 import eval as evaluation
 import tiny
 import train
-from eval import guarded
+from cli import guarded
 from model import Config, Transformer, load, save
 from verify import Verdict
 
@@ -50,8 +50,9 @@ def flags(folder, out, *more, **change):
 
 
 def rows(out, name="metrics.jsonl"):
-    """The rows of a log without their timings."""
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in (out / name).read_text().splitlines()]
+    """The rows of a log without what was measured."""
+    parsed = map(json.loads, (out / name).read_text().splitlines())
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in parsed]
 
 
 def weights(folder): return load(folder).state_dict()
@@ -168,7 +169,7 @@ def test_masked_responses_are_out_of_numerator_and_denominator(folder, tmp_path,
     """--overlong mask: the loss sees the stopped responses only. Half of them count as stopped here, by a coin."""
     seen, make = [], evaluation.Sample
     monkeypatch.setattr("rollout.Sample", lambda ids, logprobs, stopped: make(ids, logprobs, sum(ids) % 2 == 0))
-    monkeypatch.setattr(train, "update", lambda run, optimizer, groups, layer: seen.append(groups) or ({}, []))
+    monkeypatch.setattr(train, "update", lambda run, optimizer, groups, layer: seen.append(groups) or ({}, [], 0))
     for overlong in ("mask", "zero"): train.main(flags(folder, tmp_path / overlong, steps=1, overlong=overlong))
     masked, whole = ([r for g in groups for r in g] for groups in seen)
     assert len(whole) == 16 and [r for r in whole if sum(r.ids) % 2 == 0] == masked and 0 < len(masked) < 16
@@ -246,12 +247,116 @@ def test_watching_layers_on_fixed_responses(folder, tmp_path):
     assert len({r["watch/perplexity"] for r in watched}) == 3                 # the same tokens, other weights
 
 
-def test_nan_stops_before_it_spreads(folder, tmp_path, monkeypatch, capsys):
+def poison(monkeypatch, calls):
+    """The loss of these calls of policy_loss, from 1, is NaN: one call a micro-batch, one micro-batch an update."""
     import bupo
-    real = bupo.policy_loss
-    monkeypatch.setattr(bupo, "policy_loss", lambda *a, **k: (real(*a, **k)[0] * float("nan"), *real(*a, **k)[1:]))
+    real, count = bupo.policy_loss, []
+
+    def policy_loss(*a, **k):
+        count.append(1)
+        loss, low, high = real(*a, **k)
+        return (loss * float("nan") if len(count) in calls else loss), low, high
+    monkeypatch.setattr(bupo, "policy_loss", policy_loss)
+
+
+def test_a_gradient_that_is_not_finite_makes_no_update_and_leaves_its_batch(folder, finished, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, {2, 3, 5})                   # the second update of step 1, the first of step 2: two in a row; the first of step 3
+    train.main(flags(folder, tmp_path / "r", steps=3))
+    r, err = rows(tmp_path / "r"), capsys.readouterr().err
+    assert [x["updates"] for x in r[1:]] == [1, 1, 1] and err.count("nothing was updated") == 3 and "step 2" in err
+    bad = rows(tmp_path / "r", "bad_batches.jsonl")
+    assert [b["step"] for b in bad] == [1] * 8 + [2] * 8 + [3] * 8 and {b["layer"] for b in bad} == {1, 3}
+    assert bad[0]["first"] == "embed.weight" and all(b["ids"] and len(b["ids"]) == len(b["sampler_logprobs"]) for b in bad)
+    assert not (tmp_path / "r/step_000001").exists()      # in the middle of a failure nothing is saved
+    assert all(p.isfinite().all() for p in weights(tmp_path / "r/step_000003").values())
+    samples = rows(tmp_path / "r", "samples.jsonl")
+    assert {tuple(b["ids"]) for b in bad if b["step"] == 1} <= {tuple(s["ids"]) for s in samples if s["step"] == 1}
+
+
+def test_three_in_a_row_end_the_run(folder, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, {4, 5, 6})                   # the second of step 2, both of step 3
     with pytest.raises(SystemExit) as e: guarded(train.main, flags(folder, tmp_path / "r"))
-    assert e.value.code == 5 and "not finite" in capsys.readouterr().err and not list((tmp_path / "r").glob("step_*"))
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert e.value.code == 5 and "3 updates in a row" in last and "embed.weight" in last and "bad_batches.jsonl" in last
+    assert [p.name for p in (tmp_path / "r").glob("step_*")] == ["step_000001"]
+
+
+def short_of_memory(monkeypatch, above):
+    """Forward passes with gradient over more than so many padded tokens find no memory. Returns the sizes that were tried."""
+    import bupo
+    real, tried = bupo.policy_logprobs, []
+
+    def policy_logprobs(model, batch, *a, **k):
+        if torch.is_grad_enabled():
+            tried.append(batch.ids.numel())
+            if batch.ids.numel() > above: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+        return real(model, batch, *a, **k)
+    monkeypatch.setattr(bupo, "policy_logprobs", policy_logprobs)
+    return tried
+
+
+def test_out_of_memory_is_tried_again_in_halves_with_equal_gradients(finished, folder, tmp_path, monkeypatch, capsys):
+    tried = short_of_memory(monkeypatch, 50)
+    train.main(flags(folder, tmp_path / "r", "--oom-retry", steps=1))
+    assert max(tried) > 50 and "--micro-tokens 8192 from here on" in (err := capsys.readouterr().err) and "--micro-tokens 32" in err
+    a, b = weights(tmp_path / "r" / "step_000001"), weights(finished / "step_000001")
+    assert all((a[k] - b[k]).abs().max() < 1e-5 for k in a)
+
+
+@pytest.mark.parametrize("more", [[], ["--oom-retry"]])
+def test_out_of_memory_says_what_was_too_large(folder, tmp_path, monkeypatch, capsys, more):
+    """At once without the flag, with it when one response alone is too long."""
+    short_of_memory(monkeypatch, 5)
+    with pytest.raises(SystemExit) as e: guarded(train.main, flags(folder, tmp_path / "r", *more))
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert e.value.code == 6 and "--micro-tokens or --slots" in last and "layer 1" in last and "2.00 GiB" in last
+    assert ("16384 tokens" in last) == (not more) and "GB held" in last
+
+
+def test_the_rehearsal_runs_the_largest_batch_and_changes_nothing(folder, tmp_path, monkeypatch):
+    """What a GPU does before the first step: one update of as many responses of full length as fit --micro-tokens, at full depth."""
+    args = train.parse(flags(folder, tmp_path / "r", **{"micro-tokens": 100}))
+    run = train.open_run(args)
+    optimizer, before, seen = train.make_optimizer(run.model, args), weights(folder), []
+    real = train.backward
+    monkeypatch.setattr(train, "backward", lambda model, rs, layer, **k: seen.append((rs, layer, k)) or real(model, rs, layer, **k))
+    train.rehearse(run, optimizer)
+    (rs, layer, k), = seen
+    assert len(rs) == 4 and {(len(r.prompt), len(r.ids)) for r in rs} == {(16, 8)} and layer == 3 and k["max_tokens"] == 100
+    assert same(dict(run.model.state_dict()), before) and all(p.grad is None for p in run.model.parameters())
+    assert not optimizer.state and run.sampler.cache is None
+
+
+def test_what_a_step_measures(finished, folder):
+    before = weights(folder)
+    for line in (finished / "metrics.jsonl").read_text().splitlines()[1:]:
+        r = json.loads(line)
+        parts = ("rollout", "grade", "logprobs", "backward", "optimizer", "other")
+        assert all(r[f"time/{part}"] >= 0 for part in parts) and r["time/rollout"] > 0 and r["time/backward"] > 0
+        assert r["perf/rollout_tok_s"] == pytest.approx(r["num_tokens"] / r["time/rollout"]) and r["perf/train_tflop_s"] > 0
+        assert 0.05 < r["perf/peak_gb"] < 50
+        after = weights(finished / f"step_{r['step']:06d}")
+        moved = torch.cat([(after[k].bfloat16() != before[k].bfloat16()).flatten() for k in after])
+        assert r["weights_moved"] == moved.double().mean().item() and 0.2 < r["weights_moved"] < 0.9
+        before = after
+
+
+def test_small_steps_move_few_bfloat16_weights(folder, tmp_path):
+    train.main(flags(folder, tmp_path / "r", steps=1, lr=1e-6, **{"bupo-layer": ""}))
+    assert 0 < rows(tmp_path / "r")[1]["weights_moved"] < 0.05      # what plain bfloat16 training would see of this step
+
+
+def test_too_little_disk_is_said_before_the_first_step(folder, tmp_path, monkeypatch, capsys):
+    from collections import namedtuple
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: namedtuple("Usage", "total used free")(10**9, 10**9 - 1000, 1000))
+    train.main(flags(folder, tmp_path / "not/yet", "--dry-run"))
+    assert "warning: checkpoints take" in capsys.readouterr().err
+
+
+def test_compiled_blocks_train_alike(finished, folder, tmp_path):
+    train.main(flags(folder, tmp_path / "r", "--compile-blocks", steps=1))
+    a, b = weights(tmp_path / "r" / "step_000001"), weights(finished / "step_000001")
+    assert all((a[k] - b[k]).abs().max() < 1e-5 for k in a)
 
 
 def test_auto_layer(folder, tmp_path, capsys, monkeypatch):

@@ -1,0 +1,60 @@
+"""What the commands share: errors that end in one line and an exit code, types of arguments, the device."""
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+import parallel
+
+OUT_OF_MEMORY = "out of memory: lower --micro-tokens or --slots, or shorten --max-new-tokens"
+
+
+def no_memory(error) -> bool:
+    """Whether an error says that memory has run out; a CPU's shortage has no class of its own."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def guarded(main, argv=None):
+    """Run a command; what goes wrong ends in one line and an exit code: 2 usage, 3 data, 4 checkpoint, 5 numerics, 6 memory, 7 another
+    rank died, 130 Ctrl-C."""
+    try:
+        parallel.start()
+        out = main(argv)
+        parallel.stop()
+        return out
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    except FloatingPointError as e: message, code = e, 5
+    except (ValueError, OSError) as e: message, code = e, getattr(e, "exit_code", 2)
+    except (RuntimeError, MemoryError) as e:
+        if no_memory(e): message, code = OUT_OF_MEMORY, 6
+        elif parallel.lost(e):
+            message = "another rank ended or does not answer: see what it printed; checkpoints stand, run again to resume"
+            code = parallel.LOST
+        else: raise
+        message = f"{message} ({' '.join(str(e).split())[:300]})"
+    parallel.leave(f"{Path(sys.argv[0]).name}: {message}", code)
+
+
+def natural(text):
+    """argparse type: a whole number of at least 1."""
+    value = int(text)
+    if value < 1: raise argparse.ArgumentTypeError(f"{value} is not a whole number of at least 1")
+    return value
+
+
+def pick_device(name):
+    """auto: cuda where there is one, else cpu. Raises ValueError for a device this machine does not have."""
+    if name == "auto": return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {name}: not usable here ({str(e).splitlines()[0][:80]}); use cpu, or leave the flag out") from None
+    return name
+
+
+def short_name(name_or_path) -> str:
+    """A word for folder names: the last part of a path or hub id, without its ending."""
+    return re.sub(r"[^\w.-]|\.(parquet|jsonl?)$", "", Path(name_or_path).name)
