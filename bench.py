@@ -334,14 +334,16 @@ def step(args):
     if args.threads: torch.set_num_threads(args.threads)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model, g, layer = empty(config, dtype, device).init_weights(args.seed), random.Random(args.seed), args.layer or config.n_layers
+    if layer > config.n_layers: raise ValueError(f"--layer {layer}: there are {config.n_layers}")
     model.recompute = args.recompute
     if args.compile_blocks: compile_blocks(model)
-    new, responses = args.longest - 64, []
-    while sum(len(r.prompt) + len(r.ids) for r in responses) < 2 * args.tokens:
-        ids = random_prompts(config, [64, max(1, int(new * g.random() ** 1.7))], len(responses))
-        responses.append(Response(*ids, [0.0] * len(ids[1]), g.choice((-1.0, 1.0))))
+    prompt, lengths = -(-args.longest // 8), [args.longest]
+    while sum(lengths) < 2 * args.tokens: lengths.append(max(prompt + 1, int(args.longest * g.random() ** 1.5)))      # of mean 0.4
+    responses = []
+    for n in lengths:
+        ids = random_prompts(config, [n], len(responses))[0]
+        responses.append(Response(ids[:prompt], ids[prompt:], [0.0] * (n - prompt), g.choice((-1.0, 1.0))))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True) if dtype == torch.float32 else SplitAdamW(model.parameters())
-    lengths = [len(r.prompt) + len(r.ids) for r in responses]
 
     def side(pack):
         def run():

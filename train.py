@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -40,9 +39,11 @@ from cli import guarded, natural, no_memory, pick_device, short_name
 from data import DataError, batch, fingerprint, load_problems, unverifiable
 from eval import answer, avg_at_k, encode_prompts
 from grpo import Response, collate, group_advantages, overlong_penalty
-from model import Config, Transformer, compile_blocks, load, read_json, resolve
+from model import Transformer, compile_blocks, load, read_json, resolve
 from optimizer import BYTES, SplitAdamW
+from plan import memory_plan, show_plan
 from rollout import Sampler, fold
+from signals import Signals, Stopped
 from tokenizer import SYSTEM, Tokenizer
 
 # settings that change the numbers of a run: a resume with other values is refused
@@ -143,6 +144,7 @@ def parse(argv=None):
         if not 0 < getattr(args, name) < float("inf"): raise ValueError(f"--{name.replace('_', '-')} must be a positive number")
     if args.dtype is None: args.dtype = "float32" if args.optimizer == "adamw" else "bfloat16"
     if args.optimizer != "adamw" and args.dtype != "bfloat16": raise ValueError(f"--optimizer {args.optimizer} needs --dtype bfloat16")
+    if args.offload and args.optimizer == "adamw": raise ValueError("--offload needs --optimizer split or split-m32")
     if args.optimizer == "adamw" and args.dtype == "bfloat16" and args.lr < 1e-5:
         raise ValueError(f"--dtype bfloat16 with plain AdamW at --lr {args.lr:g} does not train: about 98 % of the weights round back to "
                          "where they were; use --optimizer split, or --dtype float32")
@@ -152,49 +154,7 @@ def parse(argv=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what a run holds, and how it is stopped
-
-class Stopped(BaseException):
-    """A first SIGTERM or Ctrl-C came while nothing would be lost by leaving."""
-
-
-class Signals:
-    """What SIGTERM and Ctrl-C do in the loop: sampling and evaluation are left at once, an update or a save is finished first; then the
-    last whole step is saved and the process ends with 75 or 130. A second signal ends it on the spot; the last checkpoint stands.
-
-    Under torchrun all ranks stop at the same step, whichever of them was told to, and a second signal is not heeded: torchrun passes on
-    the first to ranks that have it already, and sends SIGKILL half a minute later by itself.
-    """
-
-    def __init__(self): self.got, self.leave = 0, False
-
-    def __enter__(self): self.before = {number: signal.signal(number, self.take) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items(): signal.signal(number, handler)
-
-    def take(self, number, frame):
-        self.got = number
-        if parallel.world() == 1: self.__exit__()
-        else:
-            for n in self.before: signal.signal(n, signal.SIG_IGN)
-        if self.leave: raise Stopped
-
-    def agree(self) -> int:
-        """The signal that any rank has got; 0 for none. All ranks must ask."""
-        self.got = parallel.largest(self.got)
-        return self.got
-
-    @contextmanager
-    def may_leave(self):
-        """Work that is worth nothing half done, and costs nothing to leave."""
-        if self.got: raise Stopped
-        self.leave = True
-        try:
-            yield
-        finally:
-            self.leave = False
-
+# what a run holds
 
 @dataclass
 class Run:
@@ -291,56 +251,6 @@ def choose_schedule(run) -> Schedule:
     return Schedule.parse(args.bupo_layer, args.bupo_steps, run.model.config.n_layers)
 
 
-def memory_plan(config: Config, args, on_cuda: bool) -> dict[str, float]:
-    """Gigabytes a step needs on each GPU, by part.
-
-    Activations kept for the backward are counted as 6 D + 3 (H + 2K) E + 4 d_mlp values a token and block, an estimate; with --recompute
-    as D a token and block, and one block's worth of the rest.
-    """
-    c, n, size = config, parameters(config), getattr(torch, args.dtype).itemsize
-    row = args.max_prompt_tokens + args.max_new_tokens
-    tokens, compute = max(args.micro_tokens, row), 2 if on_cuda else size
-    kept = 6 * c.d_model + 3 * (c.n_heads + 2 * c.n_kv_heads) * c.head_dim + 4 * c.d_mlp
-    per = {"weights": size, "gradients": size, "remainder": 0, "moments": 2 * size} if args.optimizer == "adamw" else BYTES[args.optimizer]
-    shards, whole = parallel.world() // args.replicas, n * compute + (2 - c.tied) * c.vocab_size * c.d_model * (size - compute)
-    plan = {"weights": n * per["weights"] / shards, "gradients": n * per["gradients"] / shards,
-            "optimizer state": n * (per["moments"] + per["remainder"]) / shards,
-            **({"copy to sample from": whole} if parallel.world() > 1 else {}),
-            "KV cache (sampling)": 2 * c.n_layers * args.slots * row * c.n_kv_heads * c.head_dim * compute,
-            "activations (training)": tokens * (c.n_layers * c.d_model + kept if args.recompute else c.n_layers * kept) * compute,
-            "logit chunks (training)": 2 * min(args.logit_chunk, tokens) * c.vocab_size * 4 + c.vocab_size * c.d_model * 4}
-    return {k: v / 1e9 for k, v in plan.items()}
-
-
-def parameters(c: Config) -> int:
-    """Parameters of a model of this shape."""
-    with torch.device("meta"): return sum(p.numel() for p in Transformer(c).parameters())
-
-
-def show_plan(run):
-    """What will be done, the memory it takes, and the first prompt decoded."""
-    args, c, device = run.args, run.model.config, run.model.unembedding.device
-    print(f"{args.model}: {parameters(c) / 1e6:,.1f} M parameters, {c.n_layers} layers, V = {c.vocab_size:,} ({run.n_vocab:,} used), "
-          f"{args.dtype} with {args.optimizer} on {device}, prompt format {run.tokenizer.format}, stop ids {list(run.tokenizer.stop_ids)}")
-    print(f"{run.schedule}; {args.steps} steps x {args.prompts} problems x {args.group} responses, "
-          f"{-(-args.prompts // args.mini_prompts)} updates a step; {len(run.prompts):,} problems"
-          + (f" ({run.dropped} more dropped: prompt too long)" if run.dropped else ""))
-    for layer, _ in run.schedule.phases:
-        print(f"layer {layer} is hidden_states[{layer}] in transformers and blocks.{layer - 1}.hook_resid_post in TransformerLens")
-    plan = memory_plan(c, args, device.type == "cuda")
-    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else \
-        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    print("memory, GB: " + ", ".join(f"{k} {v:.2f}" for k, v in plan.items()) + f"; together at most {sum(plan.values()):.2f} of the "
-          f"{there / 1e9:.0f} there are")
-    size = (plan["weights"] + plan["optimizer state"]) * parallel.world() / args.replicas
-    free = shutil.disk_usage(next(p for p in (args.out.resolve(), *args.out.resolve().parents) if p.exists())).free / 1e9
-    if free < 2 * size:
-        print(f"warning: checkpoints take {size:.1f} GB each, two stand side by side at times, and {free:.1f} GB are free for {args.out}",
-              file=sys.stderr)
-    print("the loss is 0 by construction (advantages are centred, the ratio starts at 1): watch the reward")
-    print(f"first prompt:\n{run.tokenizer.decode(run.prompts[0][1])}", flush=True)
-
-
 def make_optimizer(model, args):
     """--optimizer over all parameters; decay applies to all, as in the reference."""
     common = dict(params=model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
@@ -393,10 +303,16 @@ def rehearse(run, optimizer):
     args, model = run.args, run.model
     plan = memory_plan(model.config, args, model.unembedding.is_cuda)
     size = 0 if optimizer.state else int(1e9 * plan["optimizer state"])      # moments come with the first update
-    held = torch.empty(size, dtype=torch.uint8, device=model.unembedding.device)
+
+    def moments(): return torch.empty(size, dtype=torch.uint8, device=model.unembedding.device)
+    if args.offload: optimizer.to_host()
+    held = None if args.offload else moments()
     with run.autocast():
         run.sampler.start()
         run.sampler.stop()
+        if held is None:
+            optimizer.to_device()
+            held = moments()
         row = Response([0] * args.max_prompt_tokens, [0] * args.max_new_tokens, [0.0] * args.max_new_tokens, 1.0)
         rows = max(1, args.micro_tokens // (args.max_prompt_tokens + args.max_new_tokens)) * parallel.world()
         fitting_backward(run, [row] * rows, model.config.n_layers, norm=args.internal_norm, **run.policy())
@@ -571,7 +487,7 @@ def step_once(run, optimizer, step):
     args, layer, start, n = run.args, run.schedule.layer_at(step), time.perf_counter(), parallel.world()
     run.step, run.seconds, before = step, {}, some_weights(run.model)
     if run.model.unembedding.is_cuda: torch.cuda.reset_peak_memory_stats()
-    if args.offload and args.optimizer != "adamw": optimizer.to_host()
+    if args.offload: optimizer.to_host()
     answered, rewards, drawn = sample(run, step)
     groups = [[Response(a.prompt, a.sample.ids, a.sample.logprobs, advantage)
                for a, advantage in zip(group, row, strict=True) if a.sample.stopped or args.overlong != "mask"]

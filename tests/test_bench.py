@@ -96,6 +96,7 @@ def test_init_writes_a_folder_that_loads(tmp_path, capsys):
 
 @pytest.mark.parametrize("argv, keys", [
     (["logprobs", "--like", "toy", "--tokens", "40", "--chunk", "16"], {"time_over_naive", "memory_over_naive", "peak_GB"}),
+    (["step", "--like", "toy", "--tokens", "60", "--longest", "30", "--layer", "3", "--recompute"], {"share_of_matmul", "peak_GB"}),
     (["bupo", "--tokens", "512", "--width", "16"], {"faster_than_reference", "over_flop_fraction"}),
     (["optimizer", "--tokens", "4"], {"ns_per_parameter", "bytes_per_parameter"}),
     (["lens", "--like", "toy", "--tokens", "20", "--layers", "2"], {"faster", "memory"}),

@@ -348,7 +348,7 @@ def test_small_steps_move_few_bfloat16_weights(folder, tmp_path):
 
 def test_too_little_disk_is_said_before_the_first_step(folder, tmp_path, monkeypatch, capsys):
     from collections import namedtuple
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: namedtuple("Usage", "total used free")(10**9, 10**9 - 1000, 1000))
+    monkeypatch.setattr("plan.shutil.disk_usage", lambda path: namedtuple("Usage", "total used free")(10**9, 10**9 - 1000, 1000))
     train.main(flags(folder, tmp_path / "not/yet", "--dry-run"))
     assert "warning: checkpoints take" in capsys.readouterr().err
 
@@ -388,6 +388,11 @@ def test_mistakes_end_in_one_line(folder, tmp_path, capsys, more, change, code, 
     with pytest.raises(SystemExit) as e: guarded(train.main, flags(folder, tmp_path / "r", *more, **change))
     err = capsys.readouterr().err
     assert e.value.code in (code if isinstance(code, tuple) else (code,)) and says in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("argv", [["--offload"], ["--optimizer", "split", "--dtype", "float32"]])
+def test_flags_that_do_not_go_together_are_refused(argv):
+    with pytest.raises(ValueError, match="needs --"): train.parse(argv)
 
 
 @pytest.mark.parametrize("argv", [["--stepz", "3"], ["--steps", "many"], ["--steps", "0"], ["--advantage", "ppo"]])
