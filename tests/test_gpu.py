@@ -3,6 +3,7 @@
 Skipped without CUDA. Nothing here has run yet: see "What is not done" in README.
 """
 import copy
+import os
 
 import pytest
 import torch
@@ -60,15 +61,19 @@ def test_packed_sequences_do_not_see_each_other(heads, kv):
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("compile", [False, True])
 def test_recorded_steps_are_the_plain_ones(dtype, compile):
-    """The same tokens and log-probs; again after the memory was given back and taken anew, and after the weights have changed."""
+    """The same tokens; compiled, which rounds otherwise, the same log-probs until a draw tips over. Again after the memory was given back
+    and taken anew, and after the weights have changed."""
     model = make(dtype)
     sampler, plain = Sampler(model, 5, 200, compile), Sampler(model, 5, 200)
     plain.capture = False
     for change in (0, 0.01):
         with torch.no_grad(): model.embed.weight.add_(change * random(*model.embed.weight.shape).to(dtype))
         a, b = (s.generate(prompts(), 3, 40, 1.0, STOPS, seed=1) for s in (sampler, plain))
-        same = sum(x.ids == y.ids for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True))
-        assert same == 21 if not compile else same >= 15      # a compiled step rounds otherwise, and a draw may tip over
+        pairs = [pair for p, q in zip(a, b, strict=True) for pair in zip(p, q, strict=True)]
+        if not compile: assert all(x.ids == y.ids for x, y in pairs)
+        common = [(x, y, len(os.path.commonprefix([x.ids, y.ids]))) for x, y in pairs]
+        diff = torch.tensor([abs(s - t) for x, y, n in common for s, t in zip(x.logprobs[:n], y.logprobs[:n], strict=True)])
+        assert len(diff) > 200 and diff.mean() < (0.05 if dtype == BF16 else 1e-4)
         assert sampler.stats["recompiles"] == 0
         held = torch.cuda.memory_allocated()
         sampler.stop()
