@@ -357,7 +357,7 @@ def leave_out(run, mini, layer):
     run.unfit += 1
     path = run.args.out / "bad_batches.jsonl"
     if parallel.rank() == 0:
-        with open(path, "a", encoding="utf-8") as f:
+        with suppress(OSError), open(path, "a", encoding="utf-8") as f:      # a full disk costs the copy, not the run
             for r in mini:
                 f.write(json.dumps({"step": run.step, "layer": layer, "first": bad, "advantage": r.advantage, "prompt_ids": r.prompt,
                                     "ids": r.ids, "sampler_logprobs": r.sampler_logprobs}) + "\n")
@@ -484,7 +484,7 @@ def sample(run, step):
 
 def step_once(run, optimizer, step):
     """Sample, grade, update. Returns the step's row of metrics.jsonl and its rows of samples.jsonl."""
-    args, layer, start, n = run.args, run.schedule.layer_at(step), time.perf_counter(), parallel.world()
+    args, layer, start = run.args, run.schedule.layer_at(step), time.perf_counter()
     run.step, run.seconds, before = step, {}, some_weights(run.model)
     if run.model.unembedding.is_cuda: torch.cuda.reset_peak_memory_stats()
     if args.offload: optimizer.to_host()
@@ -505,8 +505,8 @@ def step_once(run, optimizer, step):
     spent = dict(run.seconds)
     spent["other"] = time.perf_counter() - start - sum(spent.values())
     training = sum(spent.get(part, 0) for part in ("logprobs", "backward", "optimizer"))
-    row |= {"perf/rollout_tok_s": row["num_tokens"] / max(spent["rollout"], 1e-9), "perf/train_tflop_s": flops / n / training / 1e12,
-            "perf/peak_gb": peak_gb(run.model)}
+    row |= {"perf/rollout_tok_s": row["num_tokens"] / (spent["rollout"] + spent["grade"]),
+            "perf/train_tflop_s": flops / parallel.world() / training / 1e12, "perf/peak_gb": peak_gb(run.model)}
     return row | {f"time/{part}": seconds for part, seconds in spent.items()}, samples
 
 
@@ -573,13 +573,13 @@ def train(run, optimizer, start, setup_seconds):
             gathered = parallel.gather(run.model, optimizer)
             parallel.on_first(checkpoint.save, out, step, *gathered, {"step": step}, tokenizer_from=run.model.folder, keep=args.keep)
 
-        if run.tests and not rows:
-            log({"step": 0, **evaluate(run), "time/setup": setup_seconds})
-            print(f"held-out accuracy before training: {rows[0]['eval/accuracy']:.3f}", flush=True)
         bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, unit="step",
                    disable=parallel.rank() > 0 or not sys.stderr.isatty())
         done = saved = start
         try:
+            if run.tests and not rows:
+                log({"step": 0, **evaluate(run), "time/setup": setup_seconds})
+                tqdm.write(f"held-out accuracy before training: {rows[0]['eval/accuracy']:.3f}")
             for step in bar:
                 row, answered = step_once(run, optimizer, step)
                 done = step
@@ -597,7 +597,8 @@ def train(run, optimizer, start, setup_seconds):
         except Stopped:
             if done > saved: save(done)
             if parallel.rank() == 0:
-                print(f"stopped after step {done}, which is saved: the same command goes on from there", file=sys.stderr)
+                print(f"stopped after step {done}, {'which is saved' if done else 'with nothing to save'}: the same command goes on from "
+                      "there", file=sys.stderr)
             parallel.stop()
             sys.exit(130 if run.signals.got == signal.SIGINT else 75)
     return rows

@@ -217,6 +217,14 @@ def test_a_signal_saves_the_last_whole_step(finished, folder, tmp_path, monkeypa
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_signal_in_the_first_evaluation(folder, tmp_path, monkeypatch, capsys):
+    real = train.Sampler.generate
+    monkeypatch.setattr(train.Sampler, "generate", lambda *a, **k: signal.raise_signal(signal.SIGTERM) or real(*a, **k))
+    with pytest.raises(SystemExit) as e: guarded(train.main, flags(folder, tmp_path / "r"))
+    err = capsys.readouterr().err
+    assert e.value.code == 75 and "stopped after step 0, with nothing to save" in err and not list((tmp_path / "r").glob("step_*"))
+
+
 @pytest.mark.parametrize("optimizer", ["split", "split-m32"])
 def test_split_optimizers_train_and_resume(folder, tmp_path, optimizer):
     """bfloat16 weights with an exact master: a run cut in two ends in the same weights and moments, and in transformers."""
@@ -333,7 +341,8 @@ def test_what_a_step_measures(finished, folder):
         r = json.loads(line)
         parts = ("rollout", "grade", "logprobs", "backward", "optimizer", "other")
         assert all(r[f"time/{part}"] >= 0 for part in parts) and r["time/rollout"] > 0 and r["time/backward"] > 0
-        assert r["perf/rollout_tok_s"] == pytest.approx(r["num_tokens"] / r["time/rollout"]) and r["perf/train_tflop_s"] > 0
+        assert r["perf/rollout_tok_s"] == pytest.approx(r["num_tokens"] / (r["time/rollout"] + r["time/grade"]))
+        assert r["perf/train_tflop_s"] > 0
         assert 0.05 < r["perf/peak_gb"] < 50
         after = weights(finished / f"step_{r['step']:06d}")
         moved = torch.cat([(after[k].bfloat16() != before[k].bfloat16()).flatten() for k in after])
