@@ -142,7 +142,7 @@ class Sampler:
         self.stats, self.warm = {}, False
 
     def start(self):
-        """Take the memory of the KV cache and of the per-row state; harmless when already taken. ValueError when there is too little."""
+        """Take the memory of the KV cache and of the per-row state; harmless if taken already. OutOfMemoryError for want of it."""
         if self.cache is not None: return
         c, S, device, dtype = self.model.config, self.max_len + 1, self.model.unembedding.device, self.model.unembedding.dtype
         dtype = compute_dtype(device, dtype)
@@ -152,8 +152,8 @@ class Sampler:
             free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             room = int((0.85 * free - 2**30) / row)              # logits, activations of a prefill, the allocator's gaps
             if (least := self.slots or 1) > room:
-                raise ValueError(f"the keys and values of {least} rows of {self.max_len} tokens take {least * row / 1e9:.1f} GB, "
-                                 f"{free / 1e9:.1f} GB are free on the GPU: take fewer slots or shorter rows")
+                raise torch.OutOfMemoryError(f"the keys and values of {least} rows of {self.max_len} tokens take {least * row / 1e9:.1f} "
+                                             f"GB, {free / 1e9:.1f} GB are free on the GPU: take fewer slots or shorter rows")
             self.slots = self.slots or min(room, 256)
         B = self.slots = self.slots or 64
         self.flash = has_flash(device, dtype, c.head_dim)

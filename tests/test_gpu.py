@@ -81,6 +81,12 @@ def test_recorded_steps_are_the_plain_ones(dtype, compile):
         assert torch.cuda.memory_allocated() < held and not sampler.graphs
 
 
+def test_rows_that_do_not_fit_are_refused_before_they_are_taken():
+    before = torch.cuda.memory_allocated()
+    with pytest.raises(torch.OutOfMemoryError, match="take fewer slots"): Sampler(make(), 10**6, 10**5).start()
+    assert torch.cuda.memory_allocated() - before < 1 << 26
+
+
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-3), (BF16, 0.02)])
 def test_the_sampler_draws_from_the_policy_that_is_trained(dtype, most):
     """Mean difference of log-probs between sampler and trainer, ragged prompts, groups, refills."""
