@@ -28,12 +28,12 @@ class Schedule:
 
     @classmethod
     def parse(cls, layers: str, steps: str, n_layers: int) -> "Schedule":
-        """`parse("6,26", "20,10", 36)`: layer 6 for steps 1-20, layer 26 for 21-30, layer 36 from 31 on. "" or "36" is plain GRPO.
+        """`parse("6,26", "20,10", 36)`: layer 6 for steps 1-20, layer 26 for 21-30, layer 36 from 31 on. "none" or "36" is plain GRPO.
 
         Layers are the paper's, from 1 (0 would be the embedding). Raises ValueError in one line.
         """
         try:
-            ls, ns = ([int(x) for x in s.replace(" ", "").split(",") if x] for s in (str(layers), str(steps)))
+            ls, ns = ([int(x) for x in s.replace(" ", "").split(",") if x] for s in (str(layers).replace("none", ""), str(steps)))
         except ValueError:
             raise ValueError(f"BuPO layers {layers!r} and steps {steps!r} must be whole numbers, as in 6,26 and 20,10") from None
         if bad := [l for l in ls if not 1 <= l <= n_layers]:
@@ -69,7 +69,7 @@ def policy_logprobs(model, batch: Batch, layer: int, temperature=1.0, n_vocab=No
 
 def forward_flops(model, responses, layer) -> int:
     """Floating-point operations of the log-probs of responses at a layer: two for every weight and the tokens it meets, and attention's
-    two products over all that each token sees. A backward takes twice as many."""
+    two products over what each token sees, which is n^2 / 2 pairs. A backward takes twice as many."""
     c, lengths = model.config, [len(r.prompt) + len(r.ids) for r in responses]
     body = sum(p.numel() for block in model.blocks[:layer] for p in block.parameters())
     head = c.vocab_size * c.d_model * sum(len(r.ids) for r in responses)

@@ -406,6 +406,7 @@ def lock(run):
     advisory at best. Raises OSError if the folder cannot be made or written.
     """
     run = Path(run)
+    ours = not run.exists()
     try:
         _make(run)
         f = open(run / "LOCK", "a+", encoding="utf-8", errors="replace")
@@ -427,6 +428,9 @@ def lock(run):
             yield
         finally:
             f.truncate(0)
+            if ours and os.listdir(run) == ["LOCK"]:      # a command that was refused leaves nothing behind
+                (run / "LOCK").unlink()
+                run.rmdir()
 
 
 def _step_of(line):

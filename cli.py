@@ -18,7 +18,7 @@ def no_memory(error) -> bool:
 
 def guarded(main, argv=None):
     """Run a command; what goes wrong ends in one line and an exit code: 2 usage, 3 data, 4 checkpoint, 5 numerics, 6 memory, 7 another
-    rank died, 130 Ctrl-C."""
+    rank died, 130 Ctrl-C. (75, a signal heeded in training, is train.py's own.)"""
     try:
         parallel.start()
         out = main(argv)

@@ -7,7 +7,7 @@
 GRPO is arXiv 2402.03300, the token mean and the asymmetric clip arXiv 2503.14476 (DAPO), the dual clip arXiv 1912.09729.
 Nothing here knows which policy the log-probs come from: that of the model, or that of an internal layer (bupo.py).
 
-The loss a run prints is about 0 by construction: advantages are centred and the ratio starts at 1. Its gradient is not. Watch the reward.
+The loss a run logs is about 0 by construction: advantages are centred and the ratio starts at 1. Its gradient is not. Watch the reward.
 """
 from dataclasses import dataclass
 from itertools import accumulate
@@ -169,8 +169,8 @@ def collate(responses: list[Response], device="cpu", pack=False) -> Batch:
     harmless."""
     rows, lengths = [torch.tensor(r.prompt + r.ids) for r in responses], [len(r.ids) for r in responses]
     ids = torch.cat(rows) if pack else pad_sequence(rows, batch_first=True)
-    starts = [0, *accumulate(map(len, rows))] if pack else range(0, ids.numel(), ids.shape[1])
-    at = torch.cat([torch.arange(n) + start + len(r.prompt) - 1 for r, n, start in zip(responses, lengths, starts, strict=False)])
+    starts = [0, *accumulate(map(len, rows[:-1]))] if pack else range(0, ids.numel(), ids.shape[1])      # of the rows, in all positions
+    at = torch.cat([torch.arange(n) + start + len(r.prompt) - 1 for r, n, start in zip(responses, lengths, starts, strict=True)])
     advantages = torch.tensor([r.advantage for r in responses]).repeat_interleave(torch.tensor(lengths))
     forward = {}
     if pack: forward = {"pos": torch.cat([torch.arange(len(row)) for row in rows]).to(device), "attend": packed([*map(len, rows)], device)}

@@ -203,7 +203,8 @@ def rotate(x, cos, sin):
 
 
 class _OneDNN(torch.autograd.Function):
-    """x [..., D] times weight [N, D] transposed, plus bias, by an operator that torch keeps for its compiler and gives no gradient."""
+    """x [..., D] times weight [N, D] transposed, plus bias, by an operator that torch has for its compiler and that has no gradient there.
+    Both gradients are products of the same form, for which the operator wants its factors laid out row by row."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -225,7 +226,7 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 
 def linear(x, weight, bias=None):
     """F.linear, but in float32 on a CPU by oneDNN in place of MKL: 2 to 4 times faster where it was measured (an AMD EPYC), most of all on
-    the few rows of a decode step. Small products stay where they are, for a call of it takes 10 us."""
+    the few rows of a decode step. Products below a million multiplications stay where they are: a call of it takes 10 us."""
     if (ONEDNN and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu") and x.device.type == "cpu"
             and x.dtype == weight.dtype == torch.float32 and x.numel() * len(weight) > 1 << 20):
         return _OneDNN.apply(x, weight, bias)
@@ -239,7 +240,7 @@ class Linear(nn.Linear):
 def causal(layer, q, k, v):
     """The plain `attend`: causal attention over whole sequences, q [B,T,H,E], k and v [B,T,K,E] -> [B,T,H,E].
 
-    Right padding needs no mask: no real token looks to its right.
+    `layer` is for those that keep keys and values. Right padding needs no mask: no real token looks to its right.
     """
     q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[-3] != k.shape[-3]).transpose(-3, -2)
@@ -267,11 +268,11 @@ def flash(q, k, v, q_starts, k_starts, max_q, max_k, used=None):
 
     q [T,H,E], k and v [T',K,E]; *_starts int32 [n+1], where each sequence begins; used int32 [n], how many keys of each are live.
     """
-    causal = max_q > 1
+    ordered = max_q > 1
     if varlen_attn := public_kernel():
-        window = -1, 0 if causal else -1                         # tokens seen to the left and to the right, -1 is all
+        window = -1, 0 if ordered else -1                        # tokens seen to the left and to the right, -1 is all
         return varlen_attn(q, k, v, q_starts, k_starts, max_q, max_k, window_size=window, seqused_k=used, enable_gqa=True)
-    return torch.ops.aten._flash_attention_forward(q, k, v, q_starts, k_starts, max_q, max_k, 0.0, causal, False, seqused_k=used)[0]
+    return torch.ops.aten._flash_attention_forward(q, k, v, q_starts, k_starts, max_q, max_k, 0.0, ordered, False, seqused_k=used)[0]
 
 
 def compute_dtype(device, dtype):

@@ -93,6 +93,7 @@ def warm_up(folder: Path, seed: int, steps=600, batch=64, lr=3e-3) -> Path:
     done = folder / "warm_up.json"
     settings = {"seed": seed, "steps": steps, "batch": batch, "lr": lr}
     if done.exists() and done.read_text() == json.dumps(settings) + "\n": return folder
+    print(f"first a model: a warm-up of about a minute, kept in {folder}", flush=True)
     write_tokenizer(folder)
     tokenizer, rng = load_tokenizer(folder), random.Random(seed)
     model = Transformer(CONFIG).init_weights(seed, std=0.05)

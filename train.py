@@ -7,7 +7,7 @@
     torchrun --nproc-per-node 8 train.py --model qwen3-8b                   8 GPUs; several machines: see parallel.py
 
 Each step samples a group of responses to each of a few problems from the model's own policy, grades them, and takes a few
-optimizer steps on the clipped surrogate. The printed loss is about 0 by construction; watch the reward.
+optimizer steps on the clipped surrogate. The loss in metrics.jsonl is about 0 by construction; watch the reward.
 
 The run folder holds config.json, metrics.jsonl, samples.jsonl, step_000030/ (a Hugging Face folder plus optimizer state) and figures. The
 same command run again resumes from the newest valid step. Exit codes: 0 done, 2 usage, 3 data, 4 checkpoint, 5 numerics, 6 memory,
@@ -50,6 +50,7 @@ from tokenizer import SYSTEM, Tokenizer
 MATHS = ("model", "data_sha256", "bupo_layer", "bupo_steps", "internal_norm", "prompts", "group", "mini_prompts", "clip_low", "clip_high",
          "dual_clip", "advantage", "loss", "kl", "tis", "overlong", "overlong_buffer", "refills", "lr", "weight_decay", "grad_clip",
          "temperature", "max_new_tokens", "max_prompt_tokens", "system", "thinking", "format", "verifier", "optimizer", "dtype", "seed")
+LATE = {("max_new_tokens", None), ("bupo_layer", "auto")}      # what stands for a value that follows from the model
 
 
 def parser():
@@ -76,7 +77,7 @@ def parser():
     add("--verifier", "nanobupo", "hendrycks is the reference's string equality", choices=("nanobupo", "hendrycks"))
 
     add = flags("bottom-up policy optimization")
-    add("--bupo-layer", "", "internal layer(s) trained first, from 1, as 6 or 6,26; auto: last layer with dH_mlp > 0; none: plain GRPO")
+    add("--bupo-layer", "none", "internal layer(s) trained first, from 1, as 6 or 6,26; auto: last layer with dH_mlp > 0; none: plain GRPO")
     add("--bupo-steps", "30", "steps of each internal phase, as 30 or 20,10")
     add("--internal-norm", "none", "norm before the unembedding at an internal layer; the paper has none", choices=("none", "final"))
 
@@ -148,7 +149,9 @@ def parse(argv=None):
     if args.optimizer == "adamw" and args.dtype == "bfloat16" and args.lr < 1e-5:
         raise ValueError(f"--dtype bfloat16 with plain AdamW at --lr {args.lr:g} does not train: about 98 % of the weights round back to "
                          "where they were; use --optimizer split, or --dtype float32")
-    args.out = Path(args.out or f"out/{short_name(args.model)}")
+    out = Path(f"out/{short_name(args.model)}")
+    args.out = Path(args.out) if args.out else out.with_name(f"{out.name}-run") if out.resolve() == Path(args.model).resolve() else out
+    args.bupo_layer = args.bupo_layer or "none"
     args.mini_prompts = min(args.mini_prompts, args.prompts)
     return args
 
@@ -213,8 +216,28 @@ class Run:
 # ---------------------------------------------------------------------------------------------------------------------
 # before the first step
 
+def settings(args) -> dict:
+    """The flags as JSON holds them."""
+    return {k: v if isinstance(v, (int, float, type(None))) else str(v) for k, v in vars(args).items()}
+
+
+def check_folder(args, now, keys):
+    """Refuse to mix two runs, or a run and a model, in one folder."""
+    out = args.out
+    if args.fresh and not args.overwrite and (out / "metrics.jsonl").exists():
+        raise ValueError(f"{out} holds a run: add --overwrite to delete it, leave out --fresh to resume it, or name another --out")
+    saved = read_json(out / "config.json") if (out / "config.json").exists() else {}
+    if "model_type" in saved: raise ValueError(f"{out} holds a model: name another --out for the run")
+    if args.fresh or args.override or not any(out.glob("step_*")): return
+    if changed := checkpoint.compare(saved, now, keys):
+        raise ValueError(f"{out} holds a run with other settings ({'; '.join(changed)}): set them back, name another --out, "
+                         "or add --override")
+
+
 def open_run(args) -> Run:
-    """Find the model, read the data, load the model: what can be refused is refused before the long part."""
+    """Find the model, read the data, load the model, and before these refuse what can be refused without them."""
+    if args.model == "tiny" or not args.dry_run:      # what follows from the model or the data is compared when it is known: see `resume`
+        check_folder(args, settings(args), [k for k in MATHS if k in vars(args) and (k, getattr(args, k)) not in LATE])
     # products as small as the embedded default's only lose from a second thread, and one thread makes runs repeat bit for bit
     if args.model == "tiny": torch.set_num_threads(1)
     device, folder, tests = pick_device(args.device), None if args.model == "tiny" else resolve(args.model), []
@@ -262,24 +285,18 @@ def resume(run, model, optimizer) -> int:
     """Load the newest valid checkpoint of the run folder and rewind its logs; returns the step it stands after, 0 for a new run."""
     args, out = run.args, run.args.out
     checkpoint.clean(out)
-    settings = {**{k: v if isinstance(v, (int, float, type(None))) else str(v) for k, v in vars(args).items()},
-                "data_sha256": run.data_sha256, "torch": torch.__version__, "python": sys.version.split()[0], "commit": commit()}
+    now = {**settings(args), "data_sha256": run.data_sha256, "torch": torch.__version__, "python": sys.version.split()[0],
+           "commit": commit()}
+    check_folder(args, now, MATHS)
     logs, step = [out / name for name in checkpoint.LOGS], 0
-    if args.fresh and logs[0].exists():
-        if not args.overwrite:
-            raise ValueError(f"{out} holds a run: add --overwrite to delete it, leave out --fresh to resume it, or name another --out")
-        checkpoint.discard(out)
+    if args.fresh and logs[0].exists(): checkpoint.discard(out)
     if newest := checkpoint.latest(out):
-        changed = checkpoint.compare(read_json(out / "config.json"), settings, MATHS)
-        if changed and not args.override:
-            raise ValueError(f"{out} holds a run with other settings ({'; '.join(changed)}): set them back, name another --out, "
-                             "or add --override")
         step = checkpoint.load(newest, model, optimizer, verify=False)["step"]     # `latest` has just verified it
         print(f"resuming {out} after step {step}", flush=True)
     for log in logs:
         if log.exists(): checkpoint.rewind(log, step)
     new = out / ".tmp-config.json"      # renamed into place: a kill leaves the old settings or the new ones
-    new.write_text(json.dumps(settings, indent=1) + "\n")
+    new.write_text(json.dumps(now, indent=1) + "\n")
     new.replace(out / "config.json")
     return step
 
@@ -334,7 +351,7 @@ def fitting_backward(run, mini, layer, **common):
     while True:
         try:
             return backward(run.model, mini, layer, max_tokens=args.micro_tokens, **common)
-        except (torch.OutOfMemoryError, RuntimeError) as e:
+        except (RuntimeError, MemoryError) as e:
             if not no_memory(e): raise
             longest, why = max(len(r.prompt) + len(r.ids) for r in mini), " ".join(str(e).split())[:120]
             if not args.oom_retry or parallel.world() > 1 or args.micro_tokens <= longest:
@@ -378,6 +395,7 @@ def update(run, optimizer, groups, layer):
     clip |= dict(loss=args.loss, limit=args.max_new_tokens, kl=args.kl, tis=args.tis or None)
     common = dict(norm=args.internal_norm, **run.policy())
     minis = [[r for group in groups[i:i + args.mini_prompts] for r in group if r.ids] for i in range(0, len(groups), args.mini_prompts)]
+    minis = [mini for mini in minis if any(r.advantage != 0 for r in mini)]
     mine = [r for mini in minis for r in parallel.deal(mini)]      # `backward` deals them to the same ranks
     sums, norms, flops = {}, [], 0
     for name, model in (("old_logprobs", run.model if len(minis) > 1 else None), ("ref_logprobs", run.reference)):
@@ -386,7 +404,6 @@ def update(run, optimizer, groups, layer):
         for r, logprobs in zip(mine, stored, strict=True): setattr(r, name, logprobs)
         flops += sum(forward_flops(run.model, mini, layer) for mini in minis)
     for mini in minis:
-        if all(r.advantage == 0 for r in mini): continue
         with run.clock("backward"): seen = fitting_backward(run, mini, layer, **clip, **common)
         flops += 3 * forward_flops(run.model, mini, layer)
         with run.clock("optimizer"):

@@ -59,7 +59,7 @@ def test_schedule():
     s = Schedule.parse("6,26", "20,10", 36)
     assert [s.layer_at(t) for t in (1, 20, 21, 30, 31, 10**6)] == [6, 6, 26, 26, 36, 36]
     assert str(s) == "bupo layer 6 for 20 steps, then bupo layer 26 for 10 steps, then grpo"
-    for layers in ("", "36"): assert Schedule.parse(layers, "30", 36).layer_at(1) == 36
+    for layers in ("none", "", "36"): assert Schedule.parse(layers, "30", 36).layer_at(1) == 36
     assert Schedule.parse("6", "0", 36).layer_at(1) == 36
 
 

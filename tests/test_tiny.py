@@ -50,5 +50,5 @@ def test_warm_up_is_cached_and_reproducible(tmp_path):
 
 
 def test_it_is_well_under_a_million_parameters():
-    import train
-    assert 100_000 < train.parameters(tiny.CONFIG) < 300_000
+    import plan
+    assert 100_000 < plan.parameters(tiny.CONFIG) < 300_000

@@ -1,5 +1,6 @@
 """The loop on a small random model whose reward is a coin tossed by its response: files, resume, phases, refusals."""
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -418,6 +419,35 @@ def test_changed_settings_are_refused_on_resume(finished, folder, capsys, tmp_pa
     before = rows(finished)
     train.main(flags(folder, finished))                                                     # finished: nothing to do, the same last line
     assert rows(finished) == before and "accuracy" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_another_seed_is_refused_before_the_models_folder_is_touched(tmp_path, monkeypatch, capsys):
+    """The tiny model stands in the run's own folder: a warm-up of another seed would replace the one that the run began with."""
+    def warm_up(*a): raise AssertionError("a warm-up was begun")
+    monkeypatch.setattr(train.tiny, "warm_up", warm_up)
+    (tmp_path / "step_000010").mkdir()
+    saved = train.settings(train.parse(["--out", str(tmp_path), "--seed", "1"]))
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    for more in ([], ["--dry-run"]):
+        with pytest.raises(SystemExit) as e: guarded(train.main, ["--out", str(tmp_path), "--seed", "2", *more])
+        assert e.value.code == 2 and "seed: 1 -> 2" in capsys.readouterr().err
+    with pytest.raises(AssertionError, match="begun"): train.main(["--out", str(tmp_path), "--seed", "1"])
+
+
+def test_a_run_does_not_write_over_a_model(folder, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as e: guarded(train.main, flags(folder, folder))
+    assert e.value.code == 2 and "holds a model" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, tmp_path / "out/random")
+    assert train.parse(["--model", "out/random"]).out == Path("out/random-run")
+    assert train.parse(["--model", str(folder)]).out == Path("out") / folder.name
+
+
+def test_a_refused_command_leaves_nothing_behind(folder, tmp_path):
+    for out in (tmp_path / "new", tmp_path / "there"):
+        if out.name == "there": out.mkdir()
+        with pytest.raises(SystemExit): guarded(train.main, flags(folder, out, **{"bupo-layer": 9}))
+    assert [p.name for p in tmp_path.iterdir()] == ["there"]
 
 
 def test_fresh_overwrite_starts_anew(folder, tmp_path):
