@@ -269,10 +269,15 @@ def save(run, step: int, model, optimizer, state: dict, tokenizer_from=None, kee
         raise OSError(f"{final}: not saved ({getattr(e, 'strerror', None) or e}): it takes about {need} bytes, {free} were free; "
                       "earlier checkpoints are untouched") from None
     if why := problem(final, hashes=False): raise CheckpointError(f"{why}; written this moment: is another process at work here?")
-    if keep:
-        older = [p for s, p in _steps(run) if s < step and not problem(p, hashes=False)]
-        for p in older[keep - 1:]: _delete(p)
+    prune(run, step, keep)
     return final
+
+
+def prune(run, step, keep):
+    """Delete whole checkpoints before that of `step`, which is safe, but for the newest keep - 1; keep 0 keeps all. On resume too: a kill
+    may have come between a save and this."""
+    older = [p for s, p in _steps(Path(run)) if s < step and not problem(p, hashes=False)]
+    for p in older[keep - 1:] if keep else (): _delete(p)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

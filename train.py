@@ -293,6 +293,7 @@ def resume(run, model, optimizer) -> int:
     if newest := checkpoint.latest(out):
         step = checkpoint.load(newest, model, optimizer, verify=False)["step"]     # `latest` has just verified it
         print(f"resuming {out} after step {step}", flush=True)
+        checkpoint.prune(out, step, args.keep)
     for log in logs:
         if log.exists(): checkpoint.rewind(log, step)
     new = out / ".tmp-config.json"      # renamed into place: a kill leaves the old settings or the new ones

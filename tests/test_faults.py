@@ -190,7 +190,9 @@ PLACES = {
     "update": [(InBackward(1), []), (InBackward(7), [2]), (InOptimizer(7), [2, 4])],     # of step 1; of the switch; of two in step 6, one
     "save": [(BeforeOpening("state.json"), []), (BeforeOpening("MANIFEST.json", 3), [2, 4]), (BeforeRenaming("step_000006"), [2, 4]),
              (BeforeOpening("MANIFEST.json", 3), [6, 8])],
-    "retention": [(BeforeRenaming(".trash-step_000002"), [2, 4, 6]), (InRetention(3), [2, 6, 8])],
+    # while a file is deleted after a save; before any is; and where the resume that follows makes up for it
+    "retention": [(InRetention(3), [4, 6]), (BeforeRenaming(".trash-step_000004"), [4, 6, 8]), (InRetention(3), [6, 8])],
+    "last": [(BeforeRenaming(".trash-step_000006"), [6, 8, 10])],      # the run is over, but for what its last save was to delete
     "resume": [(InOptimizer(11), [2, 4]), (BeforeRenaming("metrics.jsonl"), [2, 4]), (BeforeRenaming("samples.jsonl"), [2, 4])],
 }
 
