@@ -105,10 +105,9 @@ def empty(config, dtype, device):
 # speed
 
 def build(args):
-    """A model of the shape asked for, random weights; --threads and the device set. Returns model, device, bytes of an element."""
+    """A model of the shape asked for, random weights. Returns model, device, bytes of an element."""
     config, device = shape(args.like), torch.device(pick_device(args.device))
     if args.layers: config.n_layers = args.layers
-    if args.threads: torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     return empty(config, dtype, device).init_weights(args.seed), device, dtype.itemsize
 
@@ -290,7 +289,7 @@ def describe(args, model):
     weight = model.embed.weight
     name = torch.cuda.get_device_name() if weight.is_cuda else f"cpu, {torch.get_num_threads()} threads"
     return {"like": args.like, "layers": model.config.n_layers, "dtype": str(weight.dtype).removeprefix("torch."), "device": name,
-            "torch": torch.__version__, "compile": getattr(args, "compile", args.__dict__.get("compile_blocks"))}
+            "torch": torch.__version__, "compile": args.compile}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,14 +328,12 @@ def matmul_speed(device, dtype):
 
 def step(args):
     """One update on ragged responses (mean length 0.4 of the longest): packed against padded, tokens and FLOP/s, peak memory."""
-    config, device = shape(args.like), torch.device(pick_device(args.device))
-    if args.layers: config.n_layers = args.layers
-    if args.threads: torch.set_num_threads(args.threads)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model, g, layer = empty(config, dtype, device).init_weights(args.seed), random.Random(args.seed), args.layer or config.n_layers
+    model, device, _ = build(args)
+    config, dtype, g = model.config, model.embed.weight.dtype, random.Random(args.seed)
+    layer = args.layer or config.n_layers
     if layer > config.n_layers: raise ValueError(f"--layer {layer}: there are {config.n_layers}")
     model.recompute = args.recompute
-    if args.compile_blocks: compile_blocks(model)
+    if args.compile: compile_blocks(model)
     prompt, lengths = -(-args.longest // 8), [args.longest]
     while sum(lengths) < 2 * args.tokens: lengths.append(max(prompt + 1, int(args.longest * g.random() ** 1.5)))      # of mean 0.4
     responses = []
@@ -370,7 +367,6 @@ def step(args):
 def logprobs(args):
     """token_logprobs against full logits and autograd: time of forward and backward, and memory beside h, E and their gradients."""
     config, device = shape(args.like), torch.device(pick_device(args.device))
-    if args.threads: torch.set_num_threads(args.threads)
     g = torch.Generator(device).manual_seed(args.seed)
     V, D = config.vocab_size, config.d_model
     h, E = (torch.randn(n, D, generator=g, device=device).mul_(s).requires_grad_() for n, s in ((args.tokens, 1), (V, D ** -0.5)))
@@ -398,7 +394,6 @@ def logprobs(args):
 def stack(args):
     """28 blocks as narrow as --width, all else in qwen3-0.6b's proportions, random weights, and responses that fill --tokens."""
     device, wide = torch.device(pick_device(args.device)), SHAPES["qwen3-0.6b"]
-    if args.threads: torch.set_num_threads(args.threads)
     scale = args.width / wide.d_model
     V, d_mlp = int(wide.vocab_size * scale), int(wide.d_mlp * scale)
     config = Config("qwen3", V, args.width, wide.n_layers, 4, 2, args.width // 2, d_mlp, tied=True)
@@ -449,7 +444,6 @@ def bupo(args):
 def optimizer(args):
     """Nanoseconds a parameter of one optimizer step: torch's fused AdamW on float32, SplitAdamW on bfloat16."""
     device, n = torch.device(pick_device(args.device)), args.tokens * 1024
-    if args.threads: torch.set_num_threads(args.threads)
     sides = {}
     for name, dtype in (("adamw", torch.float32), ("split-m32", torch.bfloat16), ("split", torch.bfloat16)):
         p = torch.nn.Parameter(torch.randn(n // 1024, 1024, device=device).mul_(0.02).to(dtype))
@@ -469,7 +463,6 @@ def lens(args):
     """decompose.measure against hooks that keep every state and unembed the input and the output of each block, as the reference does."""
     config, device = shape(args.like), torch.device(pick_device(args.device))
     config.n_layers = args.layers or 4
-    if args.threads: torch.set_num_threads(args.threads)
     model = empty(config, torch.float32, device).init_weights(args.seed)
     ids = torch.tensor(random_prompts(config, [args.tokens + 1], args.seed)[0])
 
@@ -558,7 +551,8 @@ def main(argv=None):
             q.add_argument("--layer", type=natural, help="internal layer whose policy is trained (default: the last)")
             q.add_argument("--longest", type=natural, default=512, help="tokens of the longest response with its prompt (default 512)")
             q.add_argument("--recompute", action="store_true", help="as in train.py")
-            q.add_argument("--compile-blocks", action="store_true", help="as in train.py")
+            q.add_argument("--compile-blocks", dest="compile", action="store_true", help="as in train.py")
+            q.set_defaults(dtype=None)
         if run in (logprobs, lens):
             q.add_argument("--like", default="qwen3-0.6b", help="shape whose width and vocabulary are taken (default qwen3-0.6b)")
             q.add_argument("--chunk", type=natural, default=256 if run is logprobs else 128, help="rows of logits (default %(default)s)")
@@ -567,6 +561,7 @@ def main(argv=None):
             q.add_argument("--layer", type=natural, default=7, help="internal layer, of 28 (default 7)")
             q.add_argument("--width", type=natural, default=128, help="D; all else keeps qwen3-0.6b's proportions (default 128)")
     args = p.parse_args(argv)
+    if getattr(args, "threads", None): torch.set_num_threads(args.threads)      # init has no use for them
     args.run(args)
 
 

@@ -33,7 +33,7 @@ class Schedule:
         Layers are the paper's, from 1 (0 would be the embedding). Raises ValueError in one line.
         """
         try:
-            ls, ns = ([int(x) for x in s.replace(" ", "").split(",") if x] for s in (str(layers).replace("none", ""), str(steps)))
+            ls, ns = ([int(x) for x in s.replace(" ", "").split(",") if x] for s in ("" if layers == "none" else str(layers), str(steps)))
         except ValueError:
             raise ValueError(f"BuPO layers {layers!r} and steps {steps!r} must be whole numbers, as in 6,26 and 20,10") from None
         if bad := [l for l in ls if not 1 <= l <= n_layers]:

@@ -37,7 +37,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from model import CheckpointError, hf_tensors, read_json
+from model import CheckpointError, hf_tensors, one_line, read_json
 from model import save as save_model
 
 FORMAT = "nanobupo checkpoint 1"
@@ -52,9 +52,6 @@ LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", 
 
 class RunLocked(OSError):
     """Another process holds the run folder. One line that names it."""
-
-
-def _line(parts): return " ".join("; ".join(parts).split())[:4000]   # names come out of files: they may hold anything
 
 
 def log(line): print(f"checkpoint: {line}", file=sys.stderr, flush=True)
@@ -290,7 +287,7 @@ def _open(folder, names, stack) -> tuple[dict, dict]:
         try:
             f = stack.enter_context(safe_open(folder / name, framework="pt"))
         except (SafetensorError, OSError) as e:
-            raise CheckpointError(f"{folder / name}: not a readable safetensors file ({_line([str(e)]):.100})") from None
+            raise CheckpointError(f"{folder / name}: not a readable safetensors file ({one_line([str(e)]):.100})") from None
         found.update(dict.fromkeys(f.keys(), f))
         about.update(f.metadata() or {})
     return found, about
@@ -313,7 +310,7 @@ def _generator_state(folder, rng) -> torch.Tensor:
         state = rng["torch_cpu"].get_tensor("torch_cpu").clone()
         torch.Generator().set_state(state)
     except (KeyError, TypeError, RuntimeError) as e:
-        raise CheckpointError(f"{folder / 'resume/rng.safetensors'}: no state of torch's generator ({_line([str(e)]):.80})") from None
+        raise CheckpointError(f"{folder / 'resume/rng.safetensors'}: no state of torch's generator ({one_line([str(e)]):.80})") from None
     return state
 
 
@@ -357,7 +354,7 @@ def load(folder, model, optimizer, verify=True) -> dict:
         if about.get("optimizer") != kind: wrong.append(f"saved from optimizer {about.get('optimizer')}, this one is {kind}")
         if wrong:
             more = f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
-            raise CheckpointError(f"{folder}: does not fit: " + _line(wrong[:20]) + more)
+            raise CheckpointError(f"{folder}: does not fit: " + one_line(wrong[:20]) + more)
 
         for name, (ours, row, rows) in wanted.items():
             params[ours][row:row + rows].copy_(weights[name].get_tensor(name))

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 import parallel
+from model import one_line
 
 OUT_OF_MEMORY = "out of memory: lower --micro-tokens or --slots, or shorten --max-new-tokens"
 
@@ -34,15 +35,17 @@ def guarded(main, argv=None):
             message = "another rank ended or does not answer: see what it printed; checkpoints stand, run again to resume"
             code = parallel.LOST
         else: raise
-        message = f"{message} ({' '.join(str(e).split())[:300]})"
+        message = f"{message} ({one_line([str(e)]):.300})"
     parallel.leave(f"{Path(sys.argv[0]).name}: {message}", code)
 
 
-def natural(text):
-    """argparse type: a whole number of at least 1."""
-    value = int(text)
-    if value < 1: raise argparse.ArgumentTypeError(f"{value} is not a whole number of at least 1")
-    return value
+def whole(text, least=0):
+    """argparse type: a whole number from `least` on."""
+    if not text.isdigit() or int(text) < least: raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
+    return int(text)
+
+
+def natural(text): return whole(text, 1)
 
 
 def pick_device(name):

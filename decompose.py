@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 import plot
-from cli import guarded, pick_device
+from cli import guarded, natural, pick_device, whole
 from data import DataError, load_problems
 from model import causal, load, project, read_json
 
@@ -460,12 +460,6 @@ def print_table(rows, changes):
 # the command
 
 def parser():
-    def whole(text, least=0):
-        if not text.isdigit() or int(text) < least: raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
-        return int(text)
-
-    def natural(text): return whole(text, 1)
-
     def words(text): return [w for w in re.split(r"[\s,]+", text) if w]
 
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -432,6 +432,11 @@ class CheckpointError(ValueError):
     exit_code = 4
 
 
+def one_line(parts) -> str:
+    """What is wrong, in one line of bounded length: names come out of files, they may hold anything."""
+    return " ".join("; ".join(parts).split())[:4000]
+
+
 def hf_tensors(c: Config) -> dict[str, tuple[str, int, int]]:
     """Hugging Face name -> (our parameter, first row, rows) for every tensor of a checkpoint; rows are along dimension 0."""
     HE, KE = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
@@ -521,7 +526,7 @@ def load(name_or_folder, dtype=torch.float32, device="cpu") -> Transformer:
         try:
             handles.append(safe_open(path, framework="pt"))
         except (SafetensorError, OSError, ValueError) as e:
-            raise CheckpointError(f"{path}: not a readable safetensors file ({' '.join(str(e).split())[:99]}); get it again") from None
+            raise CheckpointError(f"{path}: not a readable safetensors file ({one_line([str(e)]):.100}); download it again") from None
         for name in handles[-1].keys():
             view = handles[-1].get_slice(name)
             if name in found: wrong.append(f"{name} stands in two shards")
@@ -536,8 +541,7 @@ def load(name_or_folder, dtype=torch.float32, device="cpu") -> Transformer:
     wrong += [f"{name} is missing" for name in wanted if name not in found]
     if wrong:
         more = f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
-        said = " ".join("; ".join(wrong[:20]).split())[:4000]   # names come out of the files: they may hold anything
-        raise CheckpointError(f"{folder}: the weights do not fit config.json: {said}{more}")
+        raise CheckpointError(f"{folder}: the weights do not fit config.json: {one_line(wrong[:20])}{more}")
     model = model.to(dtype).to_empty(device=device)
     params = dict(model.named_parameters())
     with torch.no_grad():

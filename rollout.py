@@ -259,9 +259,9 @@ class Sampler:
         self.check(prompts, n, limits, temperature, n_vocab, (top_k, top_p, min_p))
         out = [[Sample([], [], False) for _ in range(n)] for _ in prompts]
         waiting = deque((i, j) for i in range(len(prompts)) for j in range(n) if limits[i] > 0)
-        begin, self.stats = time.perf_counter(), dict.fromkeys(("tokens", "prompt_tokens", "steps", "recompiles"), 0)
-        stats = self.stats
-        stats.update(seconds=0.0, prefill_seconds=0.0, decode_seconds=0.0, occupancy=1.0)
+        begin = time.perf_counter()
+        self.stats = stats = dict(tokens=0, prompt_tokens=0, steps=0, recompiles=0, occupancy=1.0, seconds=0.0, prefill_seconds=0.0,
+                                  decode_seconds=0.0)
         if not waiting: return out
         filters, graphs, rows = (top_k, top_p, min_p) if top_k or top_p < 1 or min_p else None, compiled_graphs() if self.compile else 0, 0
         self.set_up(temperature, stop_ids, n_vocab)

@@ -354,10 +354,10 @@ def fitting_backward(run, mini, layer, **common):
             return backward(run.model, mini, layer, max_tokens=args.micro_tokens, **common)
         except (RuntimeError, MemoryError) as e:
             if not no_memory(e): raise
-            longest, why = max(len(r.prompt) + len(r.ids) for r in mini), " ".join(str(e).split())[:120]
+            longest = max(len(r.prompt) + len(r.ids) for r in mini)
             if not args.oom_retry or parallel.world() > 1 or args.micro_tokens <= longest:
                 raise torch.OutOfMemoryError(f"in an update of layer {layer}: micro-batches of {args.micro_tokens} tokens, the longest "
-                                             f"response with its prompt {longest}, {peak_gb(run.model):.1f} GB held; {why}") from None
+                                             f"response with its prompt {longest}, {peak_gb(run.model):.1f} GB held; {e}") from None
         run.model.zero_grad()      # the part that was done: what the loss divides by is that of the whole mini-batch, at any size
         args.micro_tokens = max(args.micro_tokens // 2, longest)
         print(f"out of memory: --micro-tokens {args.micro_tokens} from here on, which changes no gradient", file=sys.stderr, flush=True)

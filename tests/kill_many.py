@@ -6,7 +6,7 @@
 A life is train.main with the same flags, on a small random model whose reward is a coin, ended by SIGKILL. Two thirds of the moments are
 uniform over the length of a life; one third waits for a save to begin first, since that is where a kill could do harm. A life that gets
 to its end is compared with the reference, and the next one starts a new run; so is the last one, which is left in peace. Compared are
-weights and moments (by SHA-256), the rows of metrics.jsonl but for keys that start with time/, and all samples.
+weights and moments (by SHA-256), the rows of metrics.jsonl but for those under time/ and perf/, and all samples.
 
 Lives are forked from a server that has imported train.py and done nothing else, so that the moments fall into the run and not into the
 imports. Exit code 0: all runs ended alike; 1: one did not, and its folder is kept.

@@ -65,6 +65,7 @@ def test_schedule():
 
 @pytest.mark.parametrize("layers, steps, says", [
     ("37", "30", "layers 1 to 36"), ("0", "30", "layers 1 to 36"), ("-1", "3", "layers 1 to 36"), ("x", "30", "whole numbers"),
+    ("6none", "30", "whole numbers"), ("6", "none", "whole numbers"),
     ("6", "1.5", "whole numbers"), ("26,6", "1,1", "must rise"), ("6,26", "20", "2 BuPO layers"), ("6", "-2", "negative")])
 def test_schedule_refuses_in_one_line(layers, steps, says):
     with pytest.raises(ValueError, match=says) as e: Schedule.parse(layers, steps, 36)
