@@ -26,9 +26,9 @@ class Signals:
 
     def take(self, number, frame):
         self.got = number
-        if parallel.world() == 1: self.__exit__()
-        else:
-            for n in self.before: signal.signal(n, signal.SIG_IGN)
+        # what a second one does; not what stood before: a shell starts background jobs with SIGINT ignored
+        ends = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+        for n in self.before: signal.signal(n, ends[n] if parallel.world() == 1 else signal.SIG_IGN)
         if self.leave: raise Stopped
 
     def agree(self) -> int:
