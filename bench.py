@@ -551,7 +551,7 @@ def main(argv=None):
             q.add_argument("--layer", type=natural, help="internal layer whose policy is trained (default: the last)")
             q.add_argument("--longest", type=natural, default=512, help="tokens of the longest response with its prompt (default 512)")
             q.add_argument("--recompute", action="store_true", help="as in train.py")
-            q.add_argument("--compile-blocks", dest="compile", action="store_true", help="as in train.py")
+            q.add_argument("--compile", action="store_true", help="as in train.py")
             q.set_defaults(dtype=None)
         if run in (logprobs, lens):
             q.add_argument("--like", default="qwen3-0.6b", help="shape whose width and vocabulary are taken (default qwen3-0.6b)")

@@ -12,7 +12,7 @@ import torch
 
 import parallel
 from grpo import Batch, Response, collate, kl_to_reference, micro_batches, policy_loss, response_weights, token_logprobs
-from model import compute_dtype, has_flash
+from model import has_flash
 
 IDLE = [Response([0], [0], [0.0])]    # what a rank runs while others still have micro-batches: see parallel.in_step
 
@@ -82,7 +82,7 @@ def cut(model, responses, max_tokens, pack=None):
     pack  sequences end to end, or padded; None: packed where there is a kernel that keeps them apart
     """
     E = model.unembedding
-    if pack is None: pack = has_flash(E.device, compute_dtype(E.device, E.dtype), model.config.head_dim)
+    if pack is None: pack = has_flash(E.device, E.dtype, model.config.head_dim)
     for micro in parallel.in_step(micro_batches(responses, max_tokens, pack)): yield micro, collate(micro or IDLE, E.device, pack)
 
 

@@ -9,7 +9,8 @@ import torch
 import parallel
 from model import one_line
 
-OUT_OF_MEMORY = "out of memory: lower --micro-tokens or --slots, or shorten --max-new-tokens"
+OUT_OF_MEMORY = ("out of memory: lower --slots or shorten --max-new-tokens; in training also lower --micro-tokens or --logit-chunk, or "
+                 "take --recompute, --optimizer split or --offload")
 
 
 def no_memory(error) -> bool:

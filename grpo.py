@@ -15,7 +15,7 @@ from itertools import accumulate
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from model import packed, project
+from model import add_mm32, half, packed, project
 
 
 def group_advantages(rewards: torch.Tensor, kind="grpo", eps=1e-6) -> torch.Tensor:
@@ -41,8 +41,19 @@ def overlong_penalty(length: int, limit: int, buffer: int) -> float:
     return min(0.0, max(-1.0, (limit - buffer - length) / buffer))
 
 
-def _logits(h, E, temperature):
+NOWHERE = -1e30     # the logit of an id that is no token: its probability is 0, and 0 times it is a number
+
+
+def _rows(E, n_vocab):
+    """The rows of E_u whose logits are computed. In half precision all of them, for fast kernels refuse an odd number
+    such as the 151,669 tokens of Qwen3; `_logits` masks the rest."""
+    return E if half(E.dtype) else E[:n_vocab]
+
+
+def _logits(h, E, temperature, n_vocab):
+    """float32 logits / T of the rows of E, those from n_vocab on masked."""
     z = project(h, E)
+    z[:, n_vocab:] = NOWHERE
     return z if temperature == 1 else z.div_(temperature)
 
 
@@ -52,9 +63,10 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, E, targets, temperature, n_vocab, chunk):
         logp, entropy, lse = (torch.empty(len(h), device=h.device) for _ in range(3))
+        rows = _rows(E, n_vocab)
         for i in range(0, len(h), chunk):
             part = slice(i, i + chunk)
-            z = _logits(h[part], E[:n_vocab], temperature)                            # [chunk, V] float32
+            z = _logits(h[part], rows, temperature, n_vocab)                          # [chunk, V] float32
             top = z.amax(-1, keepdim=True)
             own = (z.gather(1, targets[part, None]) - top)[:, 0]
             e = z.sub_(top).exp()
@@ -73,17 +85,19 @@ class _TokenLogprobs(torch.autograd.Function):
         h, E, targets, lse = ctx.saved_tensors
         temperature, n_vocab, chunk = ctx.rest
         dh = torch.empty_like(h)
-        dE = torch.zeros_like(E, dtype=torch.float32)
+        rows = _rows(E, n_vocab)
+        dE = torch.zeros_like(E, dtype=torch.float32)       # float32 for half-precision weights too, see model.mm32
         for i in range(0, len(h), chunk):
             part = slice(i, i + chunk)
             slope = grad[part, None] / temperature
-            dz = _logits(h[part], E[:n_vocab], temperature).sub_(lse[part, None]).exp_().mul_(-slope)   # - softmax
+            dz = _logits(h[part], rows, temperature, n_vocab)
+            dz.sub_(lse[part, None]).exp_().mul_(-slope)                                                # - softmax
             dz.scatter_add_(1, targets[part, None], slope)                                              # + one-hot
-            with torch.autocast(h.device.type, enabled=False):
-                dh[part] = (dz.to(E.dtype) @ E[:n_vocab]).to(h.dtype)
-                dE[:n_vocab].addmm_(dz.t(), h[part].float())
+            dz = dz.to(E.dtype)
+            dh[part] = dz @ rows
+            add_mm32(dE[:len(rows)], dz.t(), h[part])
             del dz
-        return dh, dE.to(E.dtype), None, None, None, None
+        return dh, dE, None, None, None, None
 
 
 def token_logprobs(h, unembedding, targets, temperature=1.0, n_vocab=None, chunk=256):

@@ -226,15 +226,83 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 
 def linear(x, weight, bias=None):
     """F.linear, but in float32 on a CPU by oneDNN in place of MKL: 2 to 4 times faster where it was measured (an AMD EPYC), most of all on
-    the few rows of a decode step. Products below a million multiplications stay where they are: a call of it takes 10 us."""
-    if (ONEDNN and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu") and x.device.type == "cpu"
-            and x.dtype == weight.dtype == torch.float32 and x.numel() * len(weight) > 1 << 20):
+    the few rows of a decode step. Products below a million multiplications stay where they are: a call of it takes 10 us.
+    Half-precision weights that are trained get float32 gradients."""
+    if torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    if half(weight.dtype) and torch.is_grad_enabled() and weight.requires_grad:
+        return _HalfLinear.apply(x, weight, bias)
+    if (ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+            and x.numel() * len(weight) > 1 << 20):
         return _OneDNN.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
+class _HalfLinear(torch.autograd.Function):
+    """F.linear of half-precision weights whose gradient is never rounded to half precision: a product of bfloat16
+    factors is summed in float32 anyway, and here the sum stays so. Where the parameter's `grad_dtype` is float32
+    (see SplitAdamW) the gradient of a mini-batch then does not depend on how it is split."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        dx = grad @ weight if ctx.needs_input_grad[0] else None
+        dw = mm32(rows.t(), x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
+        return dx, dw, rows.sum(0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+
+
+class _HalfEmbedding(torch.autograd.Function):
+    """F.embedding of a half-precision table with a float32 gradient: a token's occurrences are summed unrounded."""
+
+    @staticmethod
+    def forward(ctx, ids, table):
+        ctx.save_for_backward(ids)
+        ctx.rows = len(table)
+        return F.embedding(ids, table)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        ids, = ctx.saved_tensors
+        return None, torch.ops.aten.embedding_dense_backward(grad.float(), ids, ctx.rows, -1, False)
+
+
+def half(dtype) -> bool:
+    """Whether a dtype has 16 bits."""
+    return dtype in (torch.bfloat16, torch.float16)
+
+
+def mm32(a, b):
+    """a [M,K] times b [K,N], both half precision, as float32 [M,N]: what the product is summed in. No gradient."""
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()      # a CPU has no such product; the factors are exact in float32
+
+
+def add_mm32(total, a, b):
+    """total [M,N] += a b, like `mm32` where the factors are half precision."""
+    if a.is_cuda and half(a.dtype):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())
+
+
 class Linear(nn.Linear):
     def forward(self, x): return linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Embedding):
+    def forward(self, ids):
+        if half(self.weight.dtype) and torch.is_grad_enabled():
+            return _HalfEmbedding.apply(ids, self.weight)
+        return F.embedding(ids, self.weight)
 
 
 def causal(layer, q, k, v):
@@ -263,21 +331,28 @@ def public_kernel():
     return varlen_attn if "seqused_k" in inspect.signature(varlen_attn).parameters else None
 
 
-def flash(q, k, v, q_starts, k_starts, max_q, max_k, used=None):
+def splits(rows):
+    """Into how many parts decoding cuts the keys of each of `rows` (sequences x key heads); None: the kernel decides.
+
+    By itself the kernel cuts only where rows are fewer than a GPU's processors (132 on an H100 or H200). But the rows of a
+    batch differ in length, and the longest end alone: some 16 pieces a processor spread better. Estimated, not measured.
+    """
+    return max(1, 2048 // rows) if rows >= 128 else None
+
+
+def flash(q, k, v, q_starts, k_starts, max_q, max_k, used=None, parts=None):
     """FlashAttention-2 over sequences packed along dimension 0; causal, unless every sequence has one query.
 
-    q [T,H,E], k and v [T',K,E]; *_starts int32 [n+1], where each sequence begins; used int32 [n], how many keys of each are live.
+    q [T,H,E], k and v [T',K,E]; *_starts int32 [n+1], where each sequence begins; used int32 [n], how many keys of each are
+    live; parts, into how many the keys of each are cut, where
+    the kernel lets its caller choose (from torch 2.12): see `splits`.
     """
     ordered = max_q > 1
     if varlen_attn := public_kernel():
         window = -1, 0 if ordered else -1                        # tokens seen to the left and to the right, -1 is all
-        return varlen_attn(q, k, v, q_starts, k_starts, max_q, max_k, window_size=window, seqused_k=used, enable_gqa=True)
+        return varlen_attn(q, k, v, q_starts, k_starts, max_q, max_k, window_size=window, seqused_k=used, enable_gqa=True,
+                           num_splits=parts)
     return torch.ops.aten._flash_attention_forward(q, k, v, q_starts, k_starts, max_q, max_k, 0.0, ordered, False, seqused_k=used)[0]
-
-
-def compute_dtype(device, dtype):
-    """What products of weights of this dtype are computed in: autocast's dtype where that is on."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
 
 
 def packed(lengths, device):
@@ -285,13 +360,13 @@ def packed(lengths, device):
 
     By FlashAttention's kernel for just this where it can serve, elsewhere by `causal`, one sequence at a time.
     """
+    lengths = [n for n in lengths if n]      # beside sequences of one token the kernel takes no empty ones
     starts, longest = [0, *accumulate(lengths)], max(lengths)
     offsets = torch.tensor(starts, dtype=torch.int32, device=device)
 
     def attend(layer, q, k, v):
-        q, k, v = (t.to(compute_dtype(t.device, t.dtype)) for t in (q, k, v))      # autocast knows SDPA, but not the kernel
         if has_flash(q.device, q.dtype, q.shape[-1]): return flash(q, k, v, offsets, offsets, longest, longest)
-        return torch.cat([causal(layer, q[None, a:b], k[None, a:b], v[None, a:b])[0] for a, b in pairwise(starts) if a < b])
+        return torch.cat([causal(layer, q[None, a:b], k[None, a:b], v[None, a:b])[0] for a, b in pairwise(starts)])
 
     return attend
 
@@ -310,20 +385,24 @@ class Block(nn.Module):
         self.gate_up = Linear(c.d_model, 2 * c.d_mlp, bias=False)
         self.down = Linear(c.d_mlp, c.d_model, bias=False)
 
-    def qkv_out(self, x, angles):
-        """Queries [..., H, E], keys and values [..., K, E] of the residual stream x [..., D], rotated to their positions."""
-        qkv = self.qkv(self.attn_norm(x)).unflatten(-1, (-1, self.E))                       # [..., H+2K, E]
-        q, k, v = qkv.split(self.heads, -2)
+    def split_heads(self, qkv, angles):
+        """Queries [..., H, E], keys and values [..., K, E] out of one product, rotated to their positions."""
+        q, k, v = qkv.unflatten(-1, (-1, self.E)).split(self.heads, -2)                     # of [..., H+2K, E]
         return rotate(self.q_norm(q), *angles), rotate(self.k_norm(k), *angles), v
 
     def attn_out(self, x, angles, attend):
         """A^l: what attention adds to the residual stream x [..., D]."""
-        return self.o(attend(self.layer, *self.qkv_out(x, angles)).flatten(-2))
+        q, k, v = self.split_heads(self.qkv(self.attn_norm(x)), angles)
+        return self.o(attend(self.layer, q, k, v).flatten(-2))
+
+    def gated(self, gate_up):
+        """silu(gate) * up: what stands between the two products of a SwiGLU (arXiv 2002.05202)."""
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate) * up
 
     def mlp_out(self, x):
-        """F^l: what the MLP adds to the residual stream x [..., D]; SwiGLU (arXiv 2002.05202)."""
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
+        """F^l: what the MLP adds to the residual stream x [..., D]."""
+        return self.down(self.gated(self.gate_up(self.mlp_norm(x))))
 
     def forward(self, x, angles, attend):
         x = x + self.attn_out(x, angles, attend)
@@ -331,14 +410,36 @@ class Block(nn.Module):
 
 
 def compile_blocks(model):
-    """Compile what stands around attention in every block, once for all blocks and all sizes, in place; before `parallel.shard`.
+    """Compile what stands between the products of every block (norms, rotation, gate), once for all blocks and all
+    sizes, in place; before `parallel.shard`.
 
-    Attention itself stays as it is: it is one kernel already, and the function that is passed in is another for every batch.
+    The products and attention stay as they are: each is one kernel already, and so the gradient of a weight keeps its
+    float32.
     """
-    class Compiled(Block):
-        qkv_out, mlp_out = (torch.compile(f, dynamic=True) for f in (Block.qkv_out, Block.mlp_out))
+    class CompiledNorm(RMSNorm):
+        forward = torch.compile(RMSNorm.forward, dynamic=True)
 
-    for block in model.blocks: block.__class__ = Compiled
+    class CompiledBlock(Block):
+        split_heads = torch.compile(Block.split_heads, dynamic=True)
+        gated = torch.compile(Block.gated, dynamic=True)
+
+    for block in model.blocks:
+        block.__class__ = CompiledBlock
+        block.attn_norm.__class__ = block.mlp_norm.__class__ = CompiledNorm
+
+
+def plain_blocks(model):
+    """Take back what `compile_blocks` did."""
+    for block in model.blocks:
+        block.__class__ = Block
+        block.attn_norm.__class__ = block.mlp_norm.__class__ = RMSNorm
+
+
+def compile_errors():
+    """The errors that say that something cannot be compiled here, for want of a C compiler or in this version of torch."""
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import InductorError
+    return TorchDynamoException, InductorError
 
 
 # one block's states, each [B,T,D]; a write is exactly what is added: resid_mid == resid_pre + attn_out, resid_post == resid_mid + mlp_out
@@ -354,7 +455,7 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config, self.folder, self.recompute = config, None, False
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed = Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, l) for l in range(1, config.n_layers + 1))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         if not config.tied: self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -418,10 +519,10 @@ class Transformer(nn.Module):
 
 def project(h, unembedding):
     """h [..., D] times E_u^T [D, V] as float32 [..., V]: logits are never rounded to bfloat16, where a step near 20 is 0.125."""
-    with torch.autocast(h.device.type, enabled=False):
-        if h.is_cuda and unembedding.dtype in (torch.bfloat16, torch.float16) and not torch.is_grad_enabled():   # out_dtype has no backward
-            return torch.mm(h.to(unembedding.dtype).flatten(0, -2), unembedding.t(), out_dtype=torch.float32).unflatten(0, h.shape[:-1])
-        return linear(h.float(), unembedding.float())
+    if h.is_cuda and half(unembedding.dtype) and not torch.is_grad_enabled():      # mm32 has no gradient
+        rows = h.to(unembedding.dtype).flatten(0, -2)
+        return mm32(rows, unembedding.t()).unflatten(0, h.shape[:-1])
+    return linear(h.float(), unembedding.float())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

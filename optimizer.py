@@ -1,4 +1,4 @@
-"""AdamW whose memory one can choose: torch's own in float32 takes 16 bytes a parameter, `SplitAdamW` 12 for the same training.
+"""AdamW that owns an exact float32 master of bfloat16 weights: `SplitAdamW`, the optimizer of every run on one GPU.
 
 Reinforcement learning takes steps of about 1e-6. Half the spacing of bfloat16 numbers near a weight of 0.02 is 6e-5, so AdamW on plain
 bfloat16 weights rounds nearly every step away. Here a weight also keeps the 16 bits that bfloat16 drops:
@@ -14,22 +14,29 @@ v stays in float32: with b2 = 0.999 it moves by a thousandth a step, which bfloa
 16 bits, and not as it is but as m / (sqrt(v) + eps), the step itself but for lr and bias corrections. However gradients are scaled that
 is of order 1 (at most 7.3 for the usual betas, by Cauchy-Schwarz), so it fits float16, whose rounding is 8 times finer than bfloat16's.
 What rounding remains: after 300 steps on noisy gradients the weights are off float32 AdamW's by about 5e-4 of the way they went. The
-worst case is a gradient that never changes: m stops up to 0.5 % short of it. With `moment_dtype=torch.float32` (14 bytes) nothing is
+worst case is a gradient that never changes: m stops up to 0.5 % short of it. With `moment_dtype=torch.float32` (16 bytes) nothing is
 rounded: given the same gradients the master is float32 AdamW's, bit for bit.
+
+Gradients are float32 too (`grad_dtype` of the parameters): micro-batches are added up unrounded, so that the gradient of a mini-batch
+does not depend on how it is split. That costs 2 bytes a parameter more than bfloat16 gradients while training, none while sampling.
+
+With `offload` the remainder and the moments live in host memory, and an update streams them through the GPU piece by piece.
 """
 import math
 
 import torch
 
-# Bytes a parameter, by part. Gradients are freed while the model samples; remainder and moments can leave the GPU too (`to_host`).
-BYTES = {"adamw": {"weights": 4, "gradients": 4, "remainder": 0, "moments": 8},       # float32 w, g, m, v
-         "split-m32": {"weights": 2, "gradients": 2, "remainder": 2, "moments": 8},   # bfloat16 w, g; float32 m, v
-         "split": {"weights": 2, "gradients": 2, "remainder": 2, "moments": 6}}       # bfloat16 w, g; float16 m; float32 v
+# Bytes a parameter, by part. Gradients are freed while the model samples; remainder and moments can live on the host.
+BYTES = {
+    "adamw": {"weights": 4, "gradients": 4, "remainder": 0, "moments": 8},       # float32 w, g, m, v
+    "split-m32": {"weights": 2, "gradients": 4, "remainder": 2, "moments": 8},   # bfloat16 w; float32 g, m, v
+    "split": {"weights": 2, "gradients": 4, "remainder": 2, "moments": 6},       # the same, but float16 m
+}
 STATE = ("remainder", "exp_avg", "exp_avg_sq")   # the tensors among a parameter's state
 
 
 def bytes_per_parameter(kind: str) -> int:
-    """Bytes a trained parameter takes with gradient and optimizer state: adamw 16, split-m32 14, split 12. BYTES[kind] has the parts.
+    """Bytes a trained parameter takes with gradient and optimizer state: adamw 16, split-m32 16, split 14. BYTES[kind] has the parts.
 
     SplitAdamW's temporaries come on top, once: below 32 bytes x SplitAdamW.CHUNK, 256 MiB. Raises ValueError for a kind not in BYTES.
     """
@@ -55,13 +62,16 @@ def join(weight: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
 
 
 class SplitAdamW(torch.optim.Optimizer):
-    """AdamW in float32 on bfloat16 parameters: 12 bytes a parameter, its gradient included (the file's head says how).
+    """AdamW in float32 on bfloat16 parameters: 14 bytes a parameter, its gradient included (the file's head says how).
 
     lr, betas, eps, weight_decay   as in torch.optim.AdamW; the decay is decoupled
-    moment_dtype                   of the first moment: torch.float16 (12 bytes a parameter) or torch.float32 (14)
+    moment_dtype                   of the first moment: torch.float16 (14 bytes a parameter) or torch.float32 (16)
+    offload                        keep the state in host memory: 6 bytes a parameter are left on the GPU. An update moves 8 or 10 bytes a
+                                   parameter each way, about two seconds for 4B over PCIe 5 (by its bandwidth, not yet measured)
 
-    A parameter's state begins with its first gradient: step (int), remainder (int16), exp_avg (float16: m / (sqrt(v) + eps), float32: m),
-    exp_avg_sq (float32). A parameter without a gradient is left alone: no decay, no change of moments, no step counted.
+    From here on the parameters' gradients are float32. A parameter's state begins with its first gradient: step (int), remainder (int16),
+    exp_avg (float16: m / (sqrt(v) + eps), float32: m), exp_avg_sq (float32). A parameter without a gradient
+    is left alone: no decay, no change of moments, no step counted.
     Whoever writes other weights into the parameters should clear `state`: an old remainder is an error of up to half a bfloat16 spacing.
 
     Raises ValueError for settings out of range, and for parameters that are not plain bfloat16 tensors. For float32 ones torch.optim.AdamW
@@ -71,14 +81,22 @@ class SplitAdamW(torch.optim.Optimizer):
     # kernels; a CPU is five times faster on chunks that stay in its cache and in pages that malloc need not fetch anew.
     CHUNK, CHUNK_CPU = 1 << 23, 1 << 17
 
-    def __init__(self, params, lr=1e-6, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, moment_dtype=torch.float16):
+    def __init__(self, params, lr=1e-6, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, moment_dtype=torch.float16, offload=False):
+        self.offload = offload
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, moment_dtype=moment_dtype))
+
+    def __getstate__(self):      # of a copy
+        return {**super().__getstate__(), "offload": self.offload}
 
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
         if wrong := self._wrong(self.param_groups[-1]):
             self.param_groups.pop()
             raise ValueError(f"SplitAdamW: {wrong}")
+        for p in self.param_groups[-1]["params"]:
+            grad, p.grad = p.grad, None
+            p.grad_dtype = torch.float32
+            p.grad = None if grad is None else grad.float()
 
     @staticmethod
     def _wrong(group) -> str:
@@ -95,25 +113,45 @@ class SplitAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update of every parameter that has a gradient; brings the state back to the device first if that is on the host.
+        """One update of every parameter that has a gradient.
 
         closure  computes the loss and the gradients anew; its loss is returned. None: the gradients are there
         """
         with torch.enable_grad(): loss = closure() if closure else None
-        self.to_device()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None: continue
                 state = self.state[p]
                 if not state:
                     dtypes = torch.int16, group["moment_dtype"], torch.float32
-                    state.update(step=0, **{key: torch.zeros_like(p, dtype=dtype) for key, dtype in zip(STATE, dtypes, strict=True)})
+                    for key, dtype in zip(STATE, dtypes, strict=True):
+                        state[key] = self._home(torch.zeros_like(p, dtype=dtype, device="cpu" if self.offload else p.device))
+                    state["step"] = 0
                 state["step"] += 1
                 chunk = self.CHUNK_CPU if p.device.type == "cpu" else self.CHUNK
                 rows = max(1, chunk * (len(p) if p.dim() else 1) // max(1, p.numel()))
                 pieces = [torch.atleast_1d(t).split(rows) for t in (p, p.grad, *(state[key] for key in STATE))]
-                for piece in zip(*pieces, strict=True): self._update(*piece, state["step"], group)
+                for weight, grad, *kept in zip(*pieces, strict=True):
+                    here = [self._fetch(t, p.device) for t in kept]
+                    self._update(weight, grad, *here, state["step"], group)
+                    for old, new in zip(kept, here, strict=True):
+                        if new is not old:
+                            old.copy_(new, non_blocking=True)
+        if self.offload and torch.cuda.is_available():
+            torch.cuda.synchronize()      # whoever reads the state from the host must find it whole
         return loss
+
+    def _home(self, t):
+        """A state tensor where state lives: with offload in host memory that a GPU can read and write by itself.
+
+        torch rounds each of these up to a power of two bytes.
+        """
+        return t.pin_memory() if self.offload and torch.cuda.is_available() else t
+
+    @staticmethod
+    def _fetch(t, device):
+        """A piece of state on the parameter's device: itself, or a copy of what lives on the host."""
+        return t.to(device, non_blocking=True)
 
     @staticmethod
     def _update(p, grad, remainder, exp_avg, v, t, group):
@@ -133,22 +171,6 @@ class SplitAdamW(torch.optim.Optimizer):
         state = self.state.get(p)
         return join(p.detach(), state["remainder"].to(p.device)) if state else p.detach().float()
 
-    @torch.no_grad()
-    def to_host(self):
-        """Move remainder and moments of CUDA parameters, 8 of the 12 bytes, to pinned host memory: room for the KV cache of a rollout.
-
-        torch rounds each pinned tensor up to a power of two bytes, and keeps what it pinned: pinning is slow, the second time it is free.
-        """
-        for state in self.state.values():
-            for key, t in state.items():
-                if torch.is_tensor(t) and t.is_cuda: state[key] = torch.empty_like(t, device="cpu", pin_memory=True).copy_(t)
-
-    def to_device(self):
-        """Bring what `to_host` moved back to where the parameters are. Without effect on what is there."""
-        for p, state in self.state.items():
-            for key, t in state.items():
-                if torch.is_tensor(t): state[key] = t.to(p.device)
-
     def load_state_dict(self, state_dict):
         """As in torch, but every state tensor keeps its dtype. torch would cast all to the parameter's, bfloat16, the remainder too.
 
@@ -161,4 +183,6 @@ class SplitAdamW(torch.optim.Optimizer):
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         for p, i in zip(ours, ids, strict=True):
             for key, t in state_dict["state"].get(i, {}).items():
-                if key in STATE: self.state[p][key] = t.to(p.device, copy=True)
+                if key in STATE:
+                    home = "cpu" if self.offload else p.device
+                    self.state[p][key] = self._home(t.to(home, copy=True))

@@ -8,9 +8,9 @@
 Sampling      each process ("rank") holds a whole copy of the model to sample from, and answers a contiguous share of the step's problems.
               Noise is named by the problem's place in the whole batch, so any number of ranks draws the same samples.
 Exchange      the graded answers go to every rank: rewards, advantages, metrics and every decision are computed alike everywhere.
-Training      weights, gradients and moments are float32 shards (FSDP2, `fully_shard` of every block); on cuda a block computes in bfloat16,
-              and gradients are summed in float32. The responses of a mini-batch are dealt out by length. A token's weight in the loss
-              follows from the whole mini-batch, so gradients are summed, not averaged, and equal those of one process.
+Training      weights, gradients and moments are float32 shards (FSDP2, `fully_shard` of every block); on cuda the model computes in
+              bfloat16, and gradients are summed in float32. The responses of a mini-batch are dealt out by length. A token's weight in
+              the loss follows from the whole mini-batch, so gradients are summed, not averaged, and equal those of one process.
 Files         rank 0 alone prints, logs and writes. A checkpoint is gathered to it, one parameter at a time, before anything is written;
               the format is that of one process, so a run resumes with any number of ranks. Only rank 0 needs to see the run folder.
 
@@ -156,21 +156,20 @@ def on_first(f, *args, **kw):
 # ---------------------------------------------------------------------------------------------------------------------
 # weights
 
-def shard(model, replicas=1):
-    """Shard a model's parameters over the ranks, in place, and return it. Each rank must bring the same weights.
+def shard(model, replicas=1, compute=torch.float32):
+    """Shard a model's float32 parameters over the ranks, in place, and return it. Each rank must bring the same weights.
 
-    Blocks are gathered one by one, in bfloat16 on cuda when the weights are float32. Embedding, last norm and unembedding are a group of
-    their own and stay float32, as under autocast with one process: log-probs come from unrounded logits.
+    Blocks are gathered one by one, and then embedding, last norm and unembedding together, as copies of dtype `compute`: the arithmetic of
+    one process, whose weights have that dtype. Their gradients are summed over ranks and micro-batches in float32.
     replicas  machines (or parts of the world) that hold a full set of shards each: less traffic between them, more memory
     """
     if replicas < 1 or world() % replicas: raise ValueError(f"--replicas {replicas} must divide the number of processes, {world()}")
     if world() == 1: return model
     shape, names = ((world(),), ("shard",)) if replicas == 1 else ((replicas, world() // replicas), ("replica", "shard"))
-    device = model.unembedding.device.type
-    mesh = init_device_mesh(device, shape, mesh_dim_names=names)
-    policy = MixedPrecisionPolicy(torch.bfloat16 if device == "cuda" else None, torch.float32, cast_forward_inputs=False)
+    mesh = init_device_mesh(model.unembedding.device.type, shape, mesh_dim_names=names)
+    policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
     for block in model.blocks: fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False))
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)                 # a sum: the loss has been divided by all ranks' tokens already
@@ -183,11 +182,11 @@ def whole(t):
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
-def plain(model, device) -> Transformer:
-    """A model of the same shape and dtype in ordinary tensors, its weights not yet filled in."""
+def plain(model, device, dtype=None) -> Transformer:
+    """A model of the same shape in ordinary tensors, its weights not yet filled in; dtype None is the model's."""
     with torch.device("meta"): out = Transformer(model.config)
     out.folder = model.folder
-    return out.to(model.unembedding.dtype).to_empty(device=device).requires_grad_(False)
+    return out.to(dtype or model.unembedding.dtype).to_empty(device=device).requires_grad_(False)
 
 
 def mine(t):
@@ -196,11 +195,10 @@ def mine(t):
 
 
 @torch.no_grad()
-def sampling_copy(model):
-    """The model to sample from: whole, on this rank's device, its blocks in the dtype they compute in. One process: the model itself."""
+def sampling_copy(model, compute):
+    """The model to sample from: whole, on this rank's device, in the dtype it computes in. One process: the model itself."""
     if world() == 1: return model
-    out = plain(model, model.unembedding.device)
-    if out.unembedding.is_cuda: out.blocks.to(torch.bfloat16)
+    out = plain(model, model.unembedding.device, compute)
     refresh(model, out)
     return out
 

@@ -19,6 +19,7 @@ else is in the batch, on the number of slots, or on when its slot was free.
 """
 import copy
 import math
+import sys
 import time
 from collections import deque
 from contextlib import nullcontext
@@ -26,12 +27,11 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from model import Block, Transformer, compute_dtype, flash, has_flash, packed, public_kernel
+from model import Block, Transformer, compile_errors, flash, has_flash, packed, public_kernel, splits
 
 PREFILL_TOKENS = 16384  # prompt tokens in one forward: enough to keep a GPU busy, little enough for their activations to fit anywhere
 
@@ -99,18 +99,31 @@ def restrict(z, top_k, top_p, min_p):
 # ---------------------------------------------------------------------------------------------------------------------
 # attention over a cache
 
-def flash_decode(q, k, v, pos):
-    """One query a row over its keys 0..pos: q [B,H,E], k and v [B,S,K,E], pos [B] -> [B,H,E]. Reads live keys only, splits long rows."""
-    B, S = k.shape[:2]
-    starts = torch.arange(B + 1, dtype=torch.int32, device=q.device)
-    return flash(q, k.flatten(0, 1), v.flatten(0, 1), starts, starts * S, 1, S, (pos + 1).int())
+def flash_decode(pos, width, length):
+    """The attention of one query a row over its keys 0..pos, for rows of `length` keys: a function of q [B,H,E], k and v
+    [B,S,K,E] that gives [B,H,E]. It reads live keys only, and splits rows where they are few; what all layers share
+    is made once, here."""
+    starts = torch.arange(width + 1, dtype=torch.int32, device=pos.device)
+    used, key_starts = (pos + 1).int(), starts * length
+
+    def attend(q, k, v):
+        parts = splits(width * k.shape[2])
+        return flash(q, k.flatten(0, 1), v.flatten(0, 1), starts, key_starts, 1, length, used, parts)
+
+    return attend
 
 
-def masked_decode(q, k, v, mask):
-    """The same by SDPA: mask [B,1,1,S] is added to the scores. The query heads that share a key stand as its query rows, so that
-    keys and values are not repeated for each of them."""
-    q = q.unflatten(1, (k.shape[2], -1))                                         # [B,K,H/K,E]
-    return F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), mask).flatten(1, 2)
+def masked_decode(pos, live, dtype):
+    """The same by SDPA over the first `live` keys of every row. The query heads that share a key stand as its query rows,
+    so that keys and values are not repeated for each of them."""
+    seen = torch.arange(live, device=pos.device) <= pos[:, None]
+    mask = torch.where(seen, 0.0, -math.inf).to(dtype)[:, None, None]            # [B,1,1,live], added to the scores
+
+    def attend(q, k, v):
+        q = q.unflatten(1, (k.shape[2], -1))                                     # [B,K,H/K,E]
+        return F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), mask).flatten(1, 2)
+
+    return attend
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,7 +138,6 @@ class Sampler:
     sync     decode steps between two looks of the host at the rows; None: 16 on a GPU, where a look waits for it, else 1
 
     KV memory is 2 * L * slots * (max_len + 1) * K * E elements, taken by `start` (or the first `generate`) and given back by `stop`.
-    Under autocast the blocks' matrices are cast once a `generate`, not at every step: 2 more bytes for each of their parameters.
     `stats` describes the last `generate`: tokens (generated), prompt_tokens (prefilled), steps, seconds, of these prefill_seconds and
     decode_seconds, occupancy (tokens kept / rows computed), recompiles (graphs compiled, but for a sampler's first).
     """
@@ -145,15 +157,15 @@ class Sampler:
         """Take the memory of the KV cache and of the per-row state; harmless if taken already. OutOfMemoryError for want of it."""
         if self.cache is not None: return
         c, S, device, dtype = self.model.config, self.max_len + 1, self.model.unembedding.device, self.model.unembedding.dtype
-        dtype = compute_dtype(device, dtype)
-        self.net = self.model if dtype == self.model.unembedding.dtype and not self.compile else twin(self.model, dtype, self.compile)
+        self.net = regions(self.model) if self.compile else self.model
         row = S * (2 * c.n_layers * c.n_kv_heads * c.head_dim * dtype.itemsize + 12)
         if device.type == "cuda":
             free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             room = int((0.85 * free - 2**30) / row)              # logits, activations of a prefill, the allocator's gaps
             if (least := self.slots or 1) > room:
                 raise torch.OutOfMemoryError(f"the keys and values of {least} rows of {self.max_len} tokens take {least * row / 1e9:.1f} "
-                                             f"GB, {free / 1e9:.1f} GB are free on the GPU: take fewer slots or shorter rows")
+                                             f"GB, {free / 1e9:.1f} GB are free on the GPU: take fewer slots (--slots) or shorter "
+                                             "rows (--max-new-tokens)")
             self.slots = self.slots or min(room, 256)
         B = self.slots = self.slots or 64
         self.flash = has_flash(device, dtype, c.head_dim)
@@ -181,16 +193,15 @@ class Sampler:
         tok, pos, n, limit, key, alive = self.state[:, :width]
         alive = alive > 0
         at = torch.where(alive, pos, self.max_len)
-        dtype = self.cache[0][0].dtype
-        mask = None
-        if not self.flash:            # [B,1,1,live]: row b sees its tokens 0..pos[b]
-            mask = torch.where(torch.arange(live, device=pos.device) <= pos[:, None], 0.0, -math.inf).to(dtype)[:, None, None]
+        if self.flash:
+            over_cache, seen = flash_decode(pos, width, self.max_len + 1), self.max_len + 1
+        else:
+            over_cache, seen = masked_decode(pos, live, self.cache[0][0].dtype), live
 
         def attend(layer, q, k, v):   # q [B,H,E], k and v [B,K,E]
             ks, vs = self.cache[layer - 1]
-            ks[rows, at], vs[rows, at] = k.to(dtype), v.to(dtype)
-            if self.flash: return flash_decode(q.to(dtype), ks[:width], vs[:width], pos)
-            return masked_decode(q.to(dtype), ks[:width, :live], vs[:width, :live], mask)
+            ks[rows, at], vs[rows, at] = k, v
+            return over_cache(q, ks[:width, :seen], vs[:width, :seen])
 
         h = self.net(tok, pos=pos, attend=attend)
         z = torch.addcdiv(self.bias, self.net.unembed(h), self.temperature)                                 # [B,V] float32, logits / T
@@ -211,11 +222,21 @@ class Sampler:
         args, side = (self.slots, self.max_len, filters), torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(3): self.run_step(*args)              # compiles, and makes the libraries' handles, before recording
+            if self.compile: self.try_to_compile(args)
+            for _ in range(3): self.run_step(*args)              # makes the libraries' handles before recording
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph): self.run_step(*args)
         return graph
+
+    def try_to_compile(self, args):
+        """The first compiled step; where this machine cannot compile, the plain one takes its place, with one line that says so."""
+        try:
+            self.run_step(*args)
+        except compile_errors() as e:
+            why = " ".join(str(e).split())[:200]
+            print(f"the decode step cannot be compiled here, sampling goes on without ({why})", file=sys.stderr)
+            self.compile, self.run_step, self.net = False, self.step, self.model
 
     def prefill(self, prompts, slots):
         """Fill the KV of prompts[i][:-1] into the slots slots[i] of its group: one forward over all of them, packed end to end."""
@@ -229,7 +250,6 @@ class Sampler:
         apart = packed(lengths, device)
 
         def attend(layer, q, k, v):   # q [T,H,E], k and v [T,K,E]
-            q, k, v = (t.to(self.cache[0][0].dtype) for t in (q, k, v))
             for old, new in zip(self.cache[layer - 1], (k, v), strict=True): old.flatten(0, 1)[target] = new[source]
             return apart(layer, q, k, v)
 
@@ -309,10 +329,8 @@ class Sampler:
             if min(p) < 0 or max(p) >= V: raise ValueError(f"prompt {i} has ids outside 0..{V - 1}")
 
     def set_up(self, temperature, stop_ids, n_vocab):
-        """Memory, the current weights, and what this call asks for, written where the step reads it."""
+        """Memory, and what this call asks for, written where the step reads it."""
         self.start()
-        for ours, theirs in zip(self.net.parameters(), self.model.parameters(), strict=True):
-            if ours is not theirs: ours.copy_(theirs)
         self.state.zero_()
         self.temperature.fill_(temperature or 1.0)
         self.greedy.fill_(temperature == 0)
@@ -383,17 +401,13 @@ def region():
     return Region
 
 
-def twin(model, dtype, compile):
-    """A model of the same parameters, but for copies of its blocks' matrices where these are not of this dtype.
-
-    The numbers are those of autocast, whose own casts would be made again at every step of a compiled or recorded graph.
-    """
+def regions(model):
+    """The same parameters in blocks that a compiled step compiles once for all layers."""
+    if not public_kernel():              # before torch 2.12 a region that writes into a cache is untried
+        return model
     net = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    for linear in (m for m in net.blocks.modules() if isinstance(m, nn.Linear)):
-        for name, p in list(linear.named_parameters(recurse=False)):
-            if p.dtype != dtype: setattr(linear, name, nn.Parameter(p.detach().to(dtype), requires_grad=False))
-    if compile and public_kernel():      # before torch 2.12 a region that writes into a cache is untried
-        for block in net.blocks: block.__class__ = region()
+    for block in net.blocks:
+        block.__class__ = region()
     return net
 
 

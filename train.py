@@ -39,7 +39,7 @@ from cli import guarded, natural, no_memory, pick_device, short_name
 from data import DataError, batch, fingerprint, load_problems, unverifiable
 from eval import answer, avg_at_k, encode_prompts
 from grpo import Response, collate, group_advantages, overlong_penalty
-from model import Transformer, compile_blocks, load, read_json, resolve
+from model import Config, Transformer, compile_blocks, compile_errors, load, one_line, plain_blocks, read_json, resolve
 from optimizer import BYTES, SplitAdamW
 from plan import memory_plan, show_plan
 from rollout import Sampler, fold
@@ -50,7 +50,8 @@ from tokenizer import SYSTEM, Tokenizer
 MATHS = ("model", "data_sha256", "bupo_layer", "bupo_steps", "internal_norm", "prompts", "group", "mini_prompts", "clip_low", "clip_high",
          "dual_clip", "advantage", "loss", "kl", "tis", "overlong", "overlong_buffer", "refills", "lr", "weight_decay", "grad_clip",
          "temperature", "max_new_tokens", "max_prompt_tokens", "system", "thinking", "format", "verifier", "optimizer", "dtype", "seed")
-LATE = {("max_new_tokens", None), ("bupo_layer", "auto")}      # what stands for a value that follows from the model
+# what stands for a value that follows from the model or the machine
+LATE = {("max_new_tokens", None), ("bupo_layer", "auto"), ("optimizer", None), ("dtype", None)}
 
 
 def parser():
@@ -65,6 +66,7 @@ def parser():
             group.add_argument(flag, default=default, help=help + shown, **kw)
         return add
 
+    switch = argparse.BooleanOptionalAction
     add = flags("model and data")
     add("--model", "tiny", "tiny, a preset (qwen3-4b), a hub id or a folder")
     add("--data", "deepmath", "problems: a named set or a .json, .jsonl or .parquet file")
@@ -102,22 +104,27 @@ def parser():
     add("--temperature", 1.0, "divides the logits, in sampling and in training alike")
     add("--max-new-tokens", None, "response tokens at most (default 7168, for llama 3072)", type=natural)
     add("--max-prompt-tokens", 1024, "longer prompts are dropped and counted, never cut", type=natural)
-    add("--slots", 64, "responses decoded together; the KV cache is slots x (prompt + response) tokens", type=natural)
-    add("--compile", False, "compile the decode step (pays on a GPU)", action="store_true")
+    add("--slots", None, "responses decoded together; the KV cache is slots x (prompt + response) tokens (default 64, on a GPU what fits)",
+        type=natural)
+    add("--compile", None, "compile the decode step and what stands between the products of a block (default: on a GPU)",
+        action=switch)
 
     add = flags("optimization")
     add("--lr", 1e-6, "AdamW learning rate, constant")
     add("--weight-decay", 0.01, "AdamW weight decay")
     add("--grad-clip", 1.0, "norm the gradient is scaled down to")
-    add("--micro-tokens", 16384, "padded tokens of one forward and backward: memory, not maths", type=natural)
-    add("--logit-chunk", 256, "positions whose logits are held at once: chunk x V x 4 bytes, twice", type=natural)
-    add("--optimizer", "adamw", "adamw: float32 weights, 16 bytes a parameter with gradient and moments; split: bfloat16 weights with an "
-        "exact float32 master, 12 bytes; split-m32: 14 (see optimizer.py)", choices=tuple(BYTES))
-    add("--offload", False, "split: keep the moments in host memory while sampling", action="store_true")
-    add("--dtype", None, "of the weights (default float32, with split bfloat16); float32 weights compute in bfloat16 on cuda", type=str,
-        choices=("float32", "bfloat16"))
-    add("--recompute", False, "run each block again in the backward instead of keeping its activations", action="store_true")
-    add("--compile-blocks", False, "compile the blocks for training (pays on a GPU)", action="store_true")
+    add("--micro-tokens", None, "tokens of one forward and backward: memory, not maths (default 16384, on a GPU what fits)", type=natural)
+    add("--logit-chunk", None, "positions whose logits are held at once: chunk x V x 4 bytes, twice (default 256, on a GPU 1024)",
+        type=natural)
+    add("--optimizer", None, "adamw: float32 weights, 16 bytes a parameter with gradient and moments; split-m32: bfloat16 weights with an "
+        "exact float32 master, 16 bytes; split: the same with a float16 first moment, 14 (default adamw, on a GPU a split one; "
+        "see optimizer.py)", type=str, choices=tuple(BYTES))
+    add("--offload", None, "split: keep the optimizer's state in host memory (default: on a GPU that needs it)", action=switch)
+    add("--dtype", None, "what the model computes in (default bfloat16 on a GPU, else float32). Behind bfloat16 stands an exact "
+        "float32 master, with one process that of the split optimizer, with torchrun the shards; float32 products that remain use TF32. "
+        "float32 on a GPU is for finding errors", type=str, choices=("float32", "bfloat16"))
+    add("--recompute", None, "run each block again in the backward instead of keeping its activations (default: on a GPU that needs "
+        "it)", action=switch)
     add("--oom-retry", False, "out of memory in an update: halve --micro-tokens and do the update again", action="store_true")
 
     add = flags("run")
@@ -129,7 +136,8 @@ def parser():
     add("--watch-layers", 0, "steps between looks at the internal layer on fixed responses: cosine, entropies, perplexity; 0: none")
     add("--device", "auto", "auto, cpu, cuda")
     add("--replicas", 1, "with torchrun: machines that hold a full set of weight shards each; 1: one set over all", type=natural)
-    add("--dry-run", False, "show plan, first prompt and memory, then stop", action="store_true")
+    add("--dry-run", False, "show plan, first prompt and memory, then stop; needs neither weights nor a GPU", action="store_true")
+    add("--memory", None, "with --dry-run: plan for a GPU of this many GB, or for several as 24,48,80", type=str)
     add("--fresh", False, "start anew; refuses a folder that holds a run unless --overwrite", action="store_true")
     add("--overwrite", False, "with --fresh: delete the run that is there", action="store_true")
     add("--override", False, "resume although settings that change the numbers differ", action="store_true")
@@ -143,10 +151,13 @@ def parse(argv=None):
     if args.group < 2: raise ValueError("--group must be at least 2: a group of one has no baseline")
     for name in ("lr", "temperature", "grad_clip"):
         if not 0 < getattr(args, name) < float("inf"): raise ValueError(f"--{name.replace('_', '-')} must be a positive number")
-    if args.dtype is None: args.dtype = "float32" if args.optimizer == "adamw" else "bfloat16"
-    if args.optimizer != "adamw" and args.dtype != "bfloat16": raise ValueError(f"--optimizer {args.optimizer} needs --dtype bfloat16")
-    if args.offload and args.optimizer == "adamw": raise ValueError("--offload needs --optimizer split or split-m32")
-    if args.optimizer == "adamw" and args.dtype == "bfloat16" and args.lr < 1e-5:
+    if args.optimizer in ("split", "split-m32"):
+        if args.dtype == "float32":
+            raise ValueError(f"--optimizer {args.optimizer} needs --dtype bfloat16")
+        args.dtype = "bfloat16"
+    if args.offload and (args.optimizer == "adamw" or args.dtype == "float32"):
+        raise ValueError("--offload needs --optimizer split or split-m32")
+    if args.optimizer == "adamw" and args.dtype == "bfloat16" and args.lr < 1e-5 and parallel.world() == 1:
         raise ValueError(f"--dtype bfloat16 with plain AdamW at --lr {args.lr:g} does not train: about 98 % of the weights round back to "
                          "where they were; use --optimizer split, or --dtype float32")
     out = Path(f"out/{short_name(args.model)}")
@@ -182,16 +193,12 @@ class Run:
         """Ids from here on belong to no token: masked in sampling and in training."""
         return min(self.tokenizer.n_vocab, self.model.config.vocab_size)
 
-    def autocast(self):
-        """On cuda float32 weights compute in bfloat16; everywhere else the weights' dtype is the dtype."""
-        return torch.autocast("cuda", torch.bfloat16, enabled=self.model.unembedding.is_cuda and self.args.dtype == "float32")
-
     def respond(self, pairs, n, *name, bar=None):
         """n graded responses to each (problem, prompt ids), drawn with the noise of (seed, *name), of all ranks. Stopped, on all of them,
         when one has got a signal meanwhile."""
         a, mine = self.args, []
         with self.clock("grade"):
-            with suppress(Stopped), self.signals.may_leave(), self.autocast():
+            with suppress(Stopped), self.signals.may_leave():
                 mine = answer(self.sampler, self.tokenizer, pairs, n, a.max_new_tokens, a.temperature, fold(a.seed, *name), a.verifier, bar)
             if self.signals.agree(): raise Stopped
             out = parallel.collect(mine)
@@ -234,6 +241,32 @@ def check_folder(args, now, keys):
                          "or add --override")
 
 
+def settle(args, config, device):
+    """Fill in the flags that follow from the model and the machine. What an earlier part of the run settled stays."""
+    on_gpu, out = device == "cuda", args.out
+    if any(out.glob("step_*")) and not args.fresh and (out / "config.json").exists():
+        saved = read_json(out / "config.json")
+        args.dtype = args.dtype or saved.get("dtype")
+        args.optimizer = args.optimizer or saved.get("optimizer")
+    if args.max_new_tokens is None:
+        args.max_new_tokens = 3072 if config.family == "llama" else 7168
+    if args.max_prompt_tokens + args.max_new_tokens > config.max_len:
+        raise ValueError(f"--max-prompt-tokens {args.max_prompt_tokens} + --max-new-tokens {args.max_new_tokens} exceed the "
+                         f"{config.max_len} tokens this model was made for: lower one of them")
+    if args.dtype is None:
+        args.dtype = "bfloat16" if on_gpu or args.offload else "float32"
+    if args.compile is None:
+        args.compile = on_gpu
+    if args.logit_chunk is None:
+        args.logit_chunk = 1024 if on_gpu else 256
+    if args.optimizer is None and (args.dtype == "float32" or parallel.world() > 1):
+        args.optimizer = "adamw"
+    defaults = dict(optimizer="split-m32", slots=64, micro_tokens=16384, recompute=False, offload=False)
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
 def open_run(args) -> Run:
     """Find the model, read the data, load the model, and before these refuse what can be refused without them."""
     if args.model == "tiny" or not args.dry_run:      # what follows from the model or the data is compared when it is known: see `resume`
@@ -247,19 +280,25 @@ def open_run(args) -> Run:
     if len(bad := unverifiable(problems)) > len(problems) // 100:
         raise DataError(f"{args.data}: {len(bad)} of {len(problems)} gold answers do not verify against themselves "
                         f"(first: {bad[0].answer!r:.60}); their reward would always be 0")
-    model = load(folder or parallel.on_first(tiny.warm_up, args.out / "warm-up", args.seed), getattr(torch, args.dtype), device)
+    settle(args, Config.from_hf(read_json(folder / "config.json")) if folder else tiny.CONFIG, device)
+    model = load(folder or parallel.on_first(tiny.warm_up, args.out / "warm-up", args.seed), master_dtype(args), device)
+    if device == "cuda" and args.dtype == "bfloat16":
+        torch.set_float32_matmul_precision("high")      # TF32 for what is left in float32, beside weights of 8 bits it loses nothing
     model.recompute = args.recompute
-    if args.compile_blocks: compile_blocks(model)
-    if args.max_new_tokens is None: args.max_new_tokens = 3072 if model.config.family == "llama" else 7168
-    if args.max_prompt_tokens + args.max_new_tokens > model.config.max_len:
-        raise ValueError(f"--max-prompt-tokens {args.max_prompt_tokens} + --max-new-tokens {args.max_new_tokens} exceed the "
-                         f"{model.config.max_len} tokens this model was made for: lower one of them")
+    if args.compile:
+        compile_blocks(model)
     tokenizer = tokenizers.load(model.folder, args.format)
     prompts, dropped = encode_prompts(tokenizer, problems, args.max_prompt_tokens, args.system, args.thinking)
     if tests: tests = encode_prompts(tokenizer, tests, args.max_prompt_tokens, args.system, args.thinking)[0]
-    model = parallel.shard(model, args.replicas)
-    sampler = Sampler(parallel.sampling_copy(model), args.slots, args.max_prompt_tokens + args.max_new_tokens, args.compile)
+    compute, longest = getattr(torch, args.dtype), args.max_prompt_tokens + args.max_new_tokens
+    model = parallel.shard(model, args.replicas, compute)
+    sampler = Sampler(parallel.sampling_copy(model, compute), args.slots, longest, args.compile)
     return Run(args, model, tokenizer, sampler, prompts, tests, dropped, fingerprint(problems))
+
+
+def master_dtype(args):
+    """Of the weights that are loaded: with one process those that compute, under torchrun the float32 shards behind them."""
+    return torch.float32 if parallel.world() > 1 else getattr(torch, args.dtype)
 
 
 def choose_schedule(run) -> Schedule:
@@ -268,7 +307,7 @@ def choose_schedule(run) -> Schedule:
     if args.bupo_layer == "auto":
         groups = run.respond(run.prompts[:8], 1, 0)
         sequences = [(a.prompt + a.sample.ids, len(a.prompt)) for group in groups for a in group]
-        with run.autocast(): layer, evidence = parallel.on_first(decompose.auto_layer, run.sampler.model, sequences)
+        layer, evidence = parallel.on_first(decompose.auto_layer, run.sampler.model, sequences)
         print(f"--bupo-layer auto: layer {layer} ({evidence})")
         args.bupo_layer = str(layer)
     return Schedule.parse(args.bupo_layer, args.bupo_steps, run.model.config.n_layers)
@@ -278,7 +317,8 @@ def make_optimizer(model, args):
     """--optimizer over all parameters; decay applies to all, as in the reference."""
     common = dict(params=model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     if args.optimizer == "adamw": return torch.optim.AdamW(**common, fused=True)
-    return SplitAdamW(**common, moment_dtype=torch.float32 if args.optimizer == "split-m32" else torch.float16)
+    moment_dtype = torch.float32 if args.optimizer == "split-m32" else torch.float16
+    return SplitAdamW(**common, moment_dtype=moment_dtype, offload=args.offload)
 
 
 def resume(run, model, optimizer) -> int:
@@ -316,24 +356,26 @@ def commit():
 
 def rehearse(run, optimizer):
     """The largest rollout and the largest update there can be, once, beside all that is held then: memory that will not do is missed now,
-    and not when the first long responses come.
+    and not when the first long responses come. Compiled code that this machine cannot make is left out from here on.
     """
     args, model = run.args, run.model
-    plan = memory_plan(model.config, args, model.unembedding.is_cuda)
-    size = 0 if optimizer.state else int(1e9 * plan["optimizer state"])      # moments come with the first update
+    size = 0
+    if not optimizer.state and not args.offload:      # moments come with the first update
+        size = int(1e9 * memory_plan(model.config, args, model.unembedding.is_cuda)["optimizer state"])
+    held = torch.empty(size, dtype=torch.uint8, device=model.unembedding.device)
+    run.sampler.start()
+    run.sampler.stop()
+    row = Response([0] * args.max_prompt_tokens, [0] * args.max_new_tokens, [0.0] * args.max_new_tokens, 1.0)
+    rows = max(1, args.micro_tokens // (args.max_prompt_tokens + args.max_new_tokens)) * parallel.world()
 
-    def moments(): return torch.empty(size, dtype=torch.uint8, device=model.unembedding.device)
-    if args.offload: optimizer.to_host()
-    held = None if args.offload else moments()
-    with run.autocast():
-        run.sampler.start()
-        run.sampler.stop()
-        if held is None:
-            optimizer.to_device()
-            held = moments()
-        row = Response([0] * args.max_prompt_tokens, [0] * args.max_new_tokens, [0.0] * args.max_new_tokens, 1.0)
-        rows = max(1, args.micro_tokens // (args.max_prompt_tokens + args.max_new_tokens)) * parallel.world()
+    def largest_update():
         fitting_backward(run, [row] * rows, model.config.n_layers, norm=args.internal_norm, **run.policy())
+    try:
+        largest_update()
+    except compile_errors() as e:
+        print(f"blocks cannot be compiled here, training goes on without ({one_line([str(e)]):.200})", file=sys.stderr)
+        plain_blocks(model)
+        largest_update()
     model.zero_grad()
     del held
 
@@ -505,15 +547,13 @@ def step_once(run, optimizer, step):
     args, layer, start = run.args, run.schedule.layer_at(step), time.perf_counter()
     run.step, run.seconds, before = step, {}, some_weights(run.model)
     if run.model.unembedding.is_cuda: torch.cuda.reset_peak_memory_stats()
-    if args.offload: optimizer.to_host()
     answered, rewards, drawn = sample(run, step)
     groups = [[Response(a.prompt, a.sample.ids, a.sample.logprobs, advantage)
                for a, advantage in zip(group, row, strict=True) if a.sample.stopped or args.overlong != "mask"]
               for group, row in zip(answered, group_advantages(rewards, args.advantage).tolist(), strict=True)]
     if run.model.unembedding.is_cuda: run.sampler.stop()      # the KV cache's memory is the trainer's now
-    with run.autocast():
-        with run.clock("logprobs"): seen = compare_with_sampler(run, [r for group in groups for r in group])
-        sums, norms, flops = update(run, optimizer, groups, layer)
+    with run.clock("logprobs"): seen = compare_with_sampler(run, [r for group in groups for r in group])
+    sums, norms, flops = update(run, optimizer, groups, layer)
     after = some_weights(run.model)
     moved = parallel.total({"moved": (before != after).sum().item(), "all": len(before)})
     samples = [{**a.row(step=step), "reward": r} for group, row in zip(answered, rewards.tolist(), strict=True)
@@ -545,7 +585,7 @@ def watch(run, out) -> dict:
     with open(out / "samples.jsonl", encoding="utf-8") as f: first = [r for r in map(json.loads, f) if r["step"] == 1]
     start = time.time()
     sequences = [(r["prompt_ids"] + r["ids"], len(r["prompt_ids"])) for r in first if r["ids"]]
-    with run.autocast(): seen = decompose.watch(run.sampler.model, sequences, layer)
+    seen = decompose.watch(run.sampler.model, sequences, layer)
     return {**seen, "time/watch": time.time() - start}
 
 
@@ -631,8 +671,8 @@ def main(argv=None):
         show_plan(run)
         if args.dry_run: return
         if args.kl:     # to the starting weights, of a resumed run too
-            reference = load(run.model.folder, getattr(torch, args.dtype), pick_device(args.device)).requires_grad_(False)
-            run.reference = parallel.shard(reference, args.replicas)
+            reference = load(run.model.folder, master_dtype(args), pick_device(args.device)).requires_grad_(False)
+            run.reference = parallel.shard(reference, args.replicas, getattr(torch, args.dtype))
         optimizer = make_optimizer(run.model, args)
         gathered = parallel.gather(run.model, optimizer)
         start = parallel.on_first(resume, run, *gathered)

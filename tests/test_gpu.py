@@ -126,7 +126,8 @@ def test_log_probs_of_bfloat16_states_are_float32():
         assert (a - b).float().norm() < 1e-2 * b.float().norm()
 
 
-@pytest.mark.parametrize("more", [[], ["--dtype", "bfloat16", "--optimizer", "split", "--offload", "--recompute"], ["--compile-blocks"]])
+@pytest.mark.parametrize("more", [[], ["--optimizer", "split", "--offload", "--recompute"], ["--no-compile"],
+                                  ["--dtype", "float32"]])
 def test_the_default_run_on_a_gpu(tmp_path, more):
     out = tmp_path / "run"
     train.main(["--device", "cuda", "--out", str(out), "--steps", "2", "--eval-limit", "16", "--bupo-steps", "1", *more])

@@ -294,7 +294,6 @@ def test_precision_where_half_the_bits_would_show():
     h, Eu = (torch.randn(n, 256, generator=g).to(torch.bfloat16) for n in (7, 500))
     logits = model.project(h, Eu)      # beyond 32 bfloat16 would round them to steps of 1/4
     assert logits.dtype == torch.float32 and logits.abs().max() > 40 and gap(logits, h.double() @ Eu.double().T) <= 1e-4
-    with torch.autocast("cpu", torch.bfloat16): assert torch.equal(model.project(h, Eu), logits)
 
     x = 300 * torch.randn(5, 64, generator=g)            # squares beyond float16
     norm = RMSNorm(64, 1e-6).half()

@@ -290,6 +290,9 @@ def test_three_in_a_row_end_the_run(folder, tmp_path, monkeypatch, capsys):
     assert [p.name for p in (tmp_path / "r").glob("step_*")] == ["step_000001"]
 
 
+HELPS = ("slots", "max-new-tokens", "micro-tokens", "logit-chunk", "recompute", "optimizer split", "offload")
+
+
 def short_of_memory(monkeypatch, above):
     """Forward passes with gradient over more than so many padded tokens find no memory. Returns the sizes that were tried."""
     import bupo
@@ -318,7 +321,7 @@ def test_out_of_memory_says_what_was_too_large(folder, tmp_path, monkeypatch, ca
     short_of_memory(monkeypatch, 5)
     with pytest.raises(SystemExit) as e: guarded(train.main, flags(folder, tmp_path / "r", *more))
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert e.value.code == 6 and "--micro-tokens or --slots" in last and "layer 1" in last and "2.00 GiB" in last
+    assert e.value.code == 6 and all(f"--{flag}" in last for flag in HELPS) and "layer 1" in last and "2.00 GiB" in last
     assert ("16384 tokens" in last) == (not more) and "GB held" in last
 
 
@@ -364,7 +367,7 @@ def test_too_little_disk_is_said_before_the_first_step(folder, tmp_path, monkeyp
 
 
 def test_compiled_blocks_train_alike(finished, folder, tmp_path):
-    train.main(flags(folder, tmp_path / "r", "--compile-blocks", steps=1))
+    train.main(flags(folder, tmp_path / "r", "--compile", steps=1))
     a, b = weights(tmp_path / "r" / "step_000001"), weights(finished / "step_000001")
     assert all((a[k] - b[k]).abs().max() < 1e-5 for k in a)
 
@@ -391,7 +394,8 @@ def test_dry_run_shows_and_leaves_nothing(folder, tmp_path, capsys):
     ((), {"model": "qwen9-4b"}, 2, "no preset of that name"), ((), {"data": "gone.jsonl"}, (2, 3), "gone.jsonl"),
     ((), {"bupo-layer": 4}, 2, "layers 1 to 3"), ((), {"group": 1}, 2, "at least 2"), ((), {"max-new-tokens": 1000}, 2, "256 tokens"),
     ((), {"lr": 0}, 2, "--lr"), ((), {"temperature": 0}, 2, "--temp"), ((), {"format": "xml"}, 2, "format"),
-    (("--dtype", "bfloat16"), {"lr": 1e-6}, 2, "does not train"), (("--dtype", "float32"), {"optimizer": "split"}, 2, "bfloat16"),
+    (("--dtype", "bfloat16"), {"lr": 1e-6, "optimizer": "adamw"}, 2, "does not train"),
+    (("--dtype", "float32"), {"optimizer": "split"}, 2, "bfloat16"),
     ((), {"max-prompt-tokens": 2}, 3, "longer than 2"),
 ])
 def test_mistakes_end_in_one_line(folder, tmp_path, capsys, more, change, code, says):
@@ -400,7 +404,7 @@ def test_mistakes_end_in_one_line(folder, tmp_path, capsys, more, change, code, 
     assert e.value.code in (code if isinstance(code, tuple) else (code,)) and says in err and len(err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("argv", [["--offload"], ["--optimizer", "split", "--dtype", "float32"]])
+@pytest.mark.parametrize("argv", [["--offload", "--optimizer", "adamw"], ["--optimizer", "split", "--dtype", "float32"]])
 def test_flags_that_do_not_go_together_are_refused(argv):
     with pytest.raises(ValueError, match="needs --"): train.parse(argv)
 
