@@ -28,11 +28,12 @@ import train
 from cli import guarded
 from grpo import Response, micro_batches
 from model import Transformer, load, save
+from optimizer import SplitAdamW
 
 SLACK = ("--micro-tokens", "40")      # several micro-batches an update, and not equally many on both ranks
 
 
-def launch(job, folder, timeout=120, kill=True, **env):
+def launch(job, folder, timeout=300, kill=True, **env):
     """Run `job(folder)` of this file on two ranks; returns the two exit codes and what each said on stderr. kill: end rank 1 when rank 0
     has failed, as torchrun does; it may be hanging on purpose."""
     with socket.socket() as s:
@@ -74,9 +75,12 @@ def batch_of(n=9):
     return [Response([1, 2, 3], torch.randint(0, 260, (3 + i % 5,), generator=g).tolist(), [], (-1.0) ** i + 0.3 * i) for i in range(n)]
 
 
-def gradients(folder, tied, replicas=1):
+def gradients(folder, tied, replicas=1, compute=torch.float32):
     """Loss and gradients of an internal and of the whole policy by `bupo.backward`, and the modules that ranks gather for it."""
-    model = parallel.shard(load(folder / ("model" if tied else "untied")), replicas)
+    dtype = compute if parallel.world() == 1 else torch.float32
+    model = parallel.shard(load(folder / ("model" if tied else "untied"), dtype), replicas, compute)
+    if dtype == torch.bfloat16:
+        SplitAdamW(model.parameters())      # makes gradients float32
     names = {id(m): n for n, m in model.named_modules()}
     out = {}
     for layer in (1, CONFIG.n_layers):
@@ -134,6 +138,7 @@ def do_everything(folder):
     """One start for all that ends well: starting Python twice takes longer than the rest."""
     parallel.start()
     found = {"tied": gradients(folder, True), "untied": gradients(folder, False), "replicas": gradients(folder, True, 2)}
+    found["half"] = gradients(folder, True, compute=torch.bfloat16)
     try:
         parallel.on_first(lambda: [] if parallel.rank() else int("disk full"))
     except ValueError as e:
@@ -145,6 +150,7 @@ def do_everything(folder):
     train.main(arguments(folder, "one-then-two"))                                    # resumes what one process left after step 2
     train.main(arguments(folder, "variants-two", *VARIANTS, steps=2))
     train.main(arguments(folder, "narrow-two", *NARROW))
+    train.main(arguments(folder, "half-two", *HALF))
     evaluation.main(evaluate(folder, "eval-two"))
     parallel.stop()
 
@@ -195,6 +201,7 @@ def do_mistake(folder):
 
 VARIANTS = ("--bupo-steps", "1", "--refills", "2", "--kl", "0.1", "--advantage", "reinforce++", "--loss", "seq-mean", "--recompute",
             "--watch-layers", "1")
+HALF = ("--dtype", "bfloat16", "--steps", "2")
 NARROW = ("--prompts", "1", "--bupo-steps", "1")      # one of the ranks has nothing to sample
 
 
@@ -220,6 +227,7 @@ def folder(tmp_path_factory):
         train.main(arguments(folder, "one-then-two", steps=2))
         train.main(arguments(folder, "variants-one", *VARIANTS, steps=2))
         train.main(arguments(folder, "narrow-one", *NARROW))
+        train.main(arguments(folder, "half-one", *HALF))
         evaluation.main(evaluate(folder, "eval-one"))
         codes, said = launch("everything", folder)
         assert codes == [0, 0], "\n".join(said)
@@ -243,6 +251,28 @@ def test_loss_and_gradients_are_those_of_one_process(folder, found, layout, laye
         for name, mine in one["grads"].items():
             if mine is None: assert two["grads"][name] is None, name
             else: assert (two["grads"][name] - mine).abs().max() < 1e-6, name
+
+
+@pytest.mark.parametrize("layer", [1, CONFIG.n_layers])
+def test_shards_compute_in_bfloat16_as_one_process_does(folder, found, layer):
+    """The arithmetic of a GPU: float32 shards behind bfloat16 products, against bfloat16 weights with a master."""
+    one = gradients(folder, True, compute=torch.bfloat16)[layer]
+    for two in (f["half"][layer] for f in found):
+        for name, mine in one["grads"].items():
+            if mine is None: assert two["grads"][name] is None, name
+            else:
+                assert two["grads"][name].dtype == mine.dtype == torch.float32
+                assert (two["grads"][name] - mine).norm() < 0.02 * mine.norm(), name
+
+
+def test_ranks_sample_in_bfloat16_what_one_process_samples(folder):
+    """The first step's responses are equal, and its gradients but for roundings."""
+    one, two = (rows(folder / f"half-{n}", "samples.jsonl") for n in ("one", "two"))
+    assert [r for r in one if r["step"] == 1] == [r for r in two if r["step"] == 1]
+    settings = [json.loads((folder / f"half-{n}/config.json").read_text()) for n in ("one", "two")]
+    assert [s["optimizer"] for s in settings] == ["split-m32", "adamw"]
+    norms = [next(r["grad_norm"] for r in rows(folder / f"half-{n}") if r["step"] == 1) for n in ("one", "two")]
+    assert norms[0] > 0 and norms[1] == pytest.approx(norms[0], rel=0.02)
 
 
 def test_an_internal_phase_gathers_no_block_above(found):
