@@ -7,7 +7,8 @@
 GRPO is arXiv 2402.03300, the token mean and the asymmetric clip arXiv 2503.14476 (DAPO), the dual clip arXiv 1912.09729.
 Nothing here knows which policy the log-probs come from: that of the model, or that of an internal layer (bupo.py).
 
-The loss a run logs is about 0 by construction: advantages are centred and the ratio starts at 1. Its gradient is not. Watch the reward.
+The value of the loss says nothing, its gradient does. While the ratio is 1 the token mean is - sum_i len_i A_i / sum_i len_i over the
+responses i of a mini-batch: 0 only where length does not go with reward. Watch the reward.
 """
 from dataclasses import dataclass
 from itertools import accumulate
@@ -132,12 +133,13 @@ def policy_loss(logprobs, old_logprobs, advantages, clip_low=0.2, clip_high=0.2,
 
 
 def kl_to_reference(logprobs, reference):
-    """The k3 estimate of KL(pi || pi_ref) at sampled tokens, nats: exp(d) - d - 1 with d = log pi_ref - log pi; never negative.
+    """The k3 estimate of KL(pi || pi_ref) at sampled tokens, nats: exp(d) - 1 - d with d = log pi_ref - log pi; never negative.
 
-    Schulman's "Approximating KL divergence"; d is held within +-10, so that one token cannot overflow it.
+    Schulman's "Approximating KL divergence". As in the reference the estimate is at most 10, where its gradient ends: no token
+    pulls with more than exp(2.6) - 1 = 12.5.
     """
-    d = (reference - logprobs).clamp(-10, 10)
-    return d.exp() - d - 1
+    d = (reference - logprobs).clamp(-20, 20)
+    return (d.expm1() - d).clamp(max=10)      # expm1: exp(d) - 1 would round a small d's estimate below 0
 
 
 def response_weights(lengths: list[int], kind="token-mean", limit=None) -> list[float]:

@@ -56,5 +56,5 @@ def show_plan(run):
     if free < 2 * size:
         print(f"warning: checkpoints take {size:.1f} GB each, two stand side by side at times, and {free:.1f} GB are free for {args.out}",
               file=sys.stderr)
-    print("the loss is 0 by construction (advantages are centred, the ratio starts at 1): watch the reward")
+    print("the value of the loss says nothing (it is about -mean(length x advantage) / mean(length)): watch the reward")
     print(f"first prompt:\n{run.tokenizer.decode(run.prompts[0][1])}", flush=True)

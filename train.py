@@ -7,7 +7,7 @@
     torchrun --nproc-per-node 8 train.py --model qwen3-8b                   8 GPUs; several machines: see parallel.py
 
 Each step samples a group of responses to each of a few problems from the model's own policy, grades them, and takes a few
-optimizer steps on the clipped surrogate. The loss in metrics.jsonl is about 0 by construction; watch the reward.
+optimizer steps on the clipped surrogate. The value of the loss says nothing; watch the reward.
 
 The run folder holds config.json, metrics.jsonl, samples.jsonl, step_000030/ (a Hugging Face folder plus optimizer state) and figures. The
 same command run again resumes from the newest valid step. Exit codes: 0 done, 2 usage, 3 data, 4 checkpoint, 5 numerics, 6 memory,

@@ -55,7 +55,56 @@ def test_kl_by_hand_and_in_the_mean():
     assert (p * kl_to_reference(p.log(), q.log())).sum().item() == pytest.approx(exact.item(), abs=1e-6)      # unbiased: E[q/p] = 1
     far = torch.tensor([-100.0], requires_grad=True)
     kl_to_reference(far, torch.zeros(1)).sum().backward()
-    assert far.grad.isfinite().all()
+    assert far.grad.item() == 0
+
+
+def test_kl_as_the_reference_bounds_it():
+    """(log pi, log pi_ref) against the estimate: at most 10, where the gradient ends; no token pulls with more than e^2.6 - 1."""
+    table = [(-1, -1, 0.0), (-1, -0.5, 0.148721), (-1, -1.5, 0.106531), (-3, -1, 4.389056), (-4, -1, 10.0), (-10, -1, 10.0),
+             (-30, -1, 10.0), (-1, -9, 7.000335)]
+    logprobs, reference, expected = torch.tensor(table).T
+    assert kl_to_reference(logprobs, reference).tolist() == pytest.approx(expected.tolist(), abs=2e-5)
+    logprobs = torch.linspace(-40, 0, 4001, requires_grad=True)
+    kl_to_reference(logprobs, torch.full((4001,), -1.0)).sum().backward()
+    assert -12.6 < logprobs.grad.min() < -12 and (logprobs.grad[: 3600] == 0).all()
+
+
+def test_the_estimate_is_never_negative_for_small_differences():
+    d = torch.logspace(-9, -1, 20000)
+    for sign in (1, -1): assert (kl_to_reference(torch.zeros(20000), sign * d) >= 0).all()
+
+
+# log pi, log pi_old, advantage; loss with clip 0.2 / 0.28 and dual clip 3, and with none
+LOSSES = [
+    (-1.0, -1.0, 1.0, -1.0, -1.0),
+    (-0.9, -1.2, 1.0, -1.28, -1.28),
+    (-1.5, -1.0, 1.0, -0.606531, -0.606531),
+    (-0.9, -1.2, -1.0, 1.349859, 1.349859),
+    (-1.5, -1.0, -0.5, 0.4, 0.4),
+    (-0.2, -3.0, -1.0, 3.0, 16.444647),
+    (-0.1, -30.0, -0.5, 1.5, 242582597.7),
+    (-0.1, -30.0, 0.5, -0.64, -0.64),
+    (-9.0, -1.0, 2.0, -0.000671, -0.000671),
+    (-1.0, -1.1, 0.0, 0.0, 0.0),
+]
+
+
+def test_losses_of_the_reference_and_of_trl_as_a_table():
+    """Worked out from their formulas: the reference's with its dual clip and a log-ratio within 20, TRL's without one."""
+    new, old, advantage, dual, plain = torch.tensor(LOSSES, dtype=torch.float64).T
+    for bound, expected in ((3.0, dual), (None, plain)):
+        loss, low, high = policy_loss(new, old, advantage, 0.2, 0.28, bound)
+        assert loss.tolist() == pytest.approx(expected.tolist(), rel=1e-6, abs=1e-6)
+    assert low.nonzero().flatten().tolist() == [4] and high.nonzero().flatten().tolist() == [1, 7]
+
+
+def test_the_loss_at_ratio_one_is_the_mean_of_length_times_advantage():
+    """-sum(len A) / sum(len): 0 only where length does not go with reward."""
+    lengths, advantages = [2, 6, 4], torch.tensor([1.0, -1.5, 0.5])
+    weight = response_weights(lengths)
+    tokens = torch.tensor([w for w, n in zip(weight, lengths, strict=True) for _ in range(n)])
+    loss, *_ = policy_loss(torch.full((12,), -2.0), torch.full((12,), -2.0), advantages.repeat_interleave(torch.tensor(lengths)))
+    assert (loss * tokens).sum().item() == pytest.approx(-(2 * 1.0 - 6 * 1.5 + 4 * 0.5) / 12)
 
 
 def test_overlong_penalty_by_hand():
