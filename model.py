@@ -360,7 +360,8 @@ def packed(lengths, device):
 
     By FlashAttention's kernel for just this where it can serve, elsewhere by `causal`, one sequence at a time.
     """
-    lengths = [n for n in lengths if n]      # beside sequences of one token the kernel takes no empty ones
+    # where all others have one token, the kernel counts an empty sequence among the queries
+    lengths = [n for n in lengths if n]
     starts, longest = [0, *accumulate(lengths)], max(lengths)
     offsets = torch.tensor(starts, dtype=torch.int32, device=device)
 
