@@ -290,7 +290,11 @@ class Sampler:
         keep_cudnn_out = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if self.capture else nullcontext()
         bar = tqdm(total=len(waiting), desc=progress, disable=None if progress else True, leave=False, unit="response")
         with keep_cudnn_out, bar:
+            turns_left = n * sum(limits)      # each turn draws a token at least
             while waiting or owner:
+                turns_left -= 1
+                if turns_left < 0:
+                    raise RuntimeError("the sampler does not come to an end: rows neither draw tokens nor finish")
                 start = time.perf_counter()
                 if waiting and len(owner) < self.slots:
                     stats["prompt_tokens"] += self.refill(prompts, limits, waiting, owner, held, seed, first)

@@ -360,6 +360,42 @@ def test_the_step_is_recorded_while_every_row_is_dead(model, monkeypatch):
     assert records == [None, (3, 1.0, 0.0), None]
 
 
+@pytest.mark.parametrize("fault", ["rows never end", "rows draw nothing"])
+def test_a_sampler_that_makes_no_progress_ends(model, monkeypatch, fault):
+    """A wrong step must not hang whoever changes it: the loop is bounded by the tokens that are possible."""
+    real = Sampler.step
+
+    def step(sampler, width, *rest):
+        before = sampler.state.clone()
+        real(sampler, width, *rest)
+        if fault == "rows draw nothing":
+            sampler.state.copy_(before)
+        sampler.state[5, :width] = 1      # alive
+        sampler.state[2, :width] = before[2, :width]
+
+    monkeypatch.setattr(Sampler, "step", step)
+    with pytest.raises(RuntimeError, match="does not come to an end"):
+        Sampler(model, 3, 64).generate(ragged()[:3], 1, 5, 1.0, STOPS, seed=1)
+
+
+def test_where_nothing_can_be_compiled_sampling_goes_on(model, monkeypatch, capsys):
+    """A machine without a C compiler: one line, and the plain step's tokens."""
+    from torch._inductor.exc import InductorError
+    plain = Sampler(model, 3, 64).generate(ragged()[:3], 1, 5, 1.0, STOPS, seed=1)
+    sampler = Sampler(model, 3, 64, compile=True)
+
+    def no_compiler(*args):
+        raise InductorError(RuntimeError("no C compiler\nfound"), None)
+
+    sampler.start()
+    sampler.run_step = no_compiler
+    sampler.try_to_compile((3, 64, None))
+    err = capsys.readouterr().err
+    assert "cannot be compiled here" in err and err.count("\n") == 1
+    again = sampler.generate(ragged()[:3], 1, 5, 1.0, STOPS, seed=1)
+    assert [[s.ids for s in g] for g in again] == [[s.ids for s in g] for g in plain]
+
+
 @pytest.mark.slow
 def test_compiled(model):
     """Equal to eager; one graph and no recompile whatever a call asks for; and the KV is written in place: the generated code takes no
