@@ -106,6 +106,7 @@ class Tokenizer:
     n_vocab   highest id + 1. A model may have more rows (Qwen pads its embedding); those are masked in sampling and in training.
     format    name of the prompt format, a key of FORMATS.
     control   {spelling: id} of the control ("added") tokens.
+    missing   the bytes that no token has, as bytes: `encode` drops them. b"" in most families.
     default_system  the system message that the folder's ChatML template puts in where none is
               given, "You are a helpful AI assistant named SmolLM, ..."; "" where it has none.
     """
@@ -118,7 +119,7 @@ class Tokenizer:
         self._tokens, self._merging, self._words, self._nfc = tokens, merging, words, nfc
         self._pattern = pattern
         present = {tokens[i] for i in merging}
-        self._missing = bytes(b for b in range(256) if bytes([b]) not in present)
+        self.missing = bytes(b for b in range(256) if bytes([b]) not in present)
         self._bpe = _encoding(pattern, [tokens[i] for i in merging])
         # Built from bytes and whole words alone it has no steps to make a word by merging: it finds whole words and nothing else.
         self._finder = _encoding(pattern, [bytes([b]) for b in range(256)] + [tokens[i] for i in words]) if words else None
@@ -139,7 +140,7 @@ class Tokenizer:
 
     def _encode(self, text):
         ranks = self._bpe.encode_ordinary(text)
-        if self._missing and max(ranks, default=0) >= len(self._merging):
+        if self.missing and max(ranks, default=0) >= len(self._merging):
             ranks = self._encode_without_missing(text)
         ids = [self._merging[rank] for rank in ranks]
         found, at = {}, 0  # byte offset: id of the whole word that starts there
@@ -166,7 +167,7 @@ class Tokenizer:
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ranks = []
         for word in _words(self._pattern).findall(text):
-            piece = word.encode().translate(None, delete=self._missing)
+            piece = word.encode().translate(None, delete=self.missing)
             if piece:
                 ranks += self._bpe._encode_single_piece(piece)
         return ranks
@@ -344,7 +345,8 @@ def _build(file):
     if len(set(ids.values())) < len(ids) or len(control) < len(added) or any(vocab.get(t, i) != i for t, i in control.items()):
         raise ValueError("two tokens share an id, or one token has two")
     if max(ids.values(), default=0) > 2 * len(ids) + 1000:
-        raise ValueError(f"ids go up to {max(ids.values())} for {len(ids)} tokens: they must lie closer")
+        highest = str(max(ids.values()))
+        raise ValueError(f"ids go up to {highest:.20} for {len(ids)} tokens: they must lie closer")
 
     alphabet = _byte_alphabet()
     tokens, plain = {}, {}  # {id: bytes} of all; {token: id} of those that text may become

@@ -843,7 +843,7 @@ def strings(value):
 def test_smollm2_equals_tokenizers_on_the_problem_sets_and_hostile_texts(smollm2, shared):
     file = json.loads((smollm2 / "tokenizer.json").read_text())
     tok, reference = load(smollm2), oracle(file)
-    assert len(tok._missing) == 21 and tok.n_vocab == 49152 and tok.stop_ids == (0, 2)
+    assert len(tok.missing) == 21 and tok.n_vocab == 49152 and tok.stop_ids == (0, 2)
     tables = [pyarrow.parquet.read_table(path) for path in (shared / "data").glob("*.parquet")]
     texts = {text for table in tables for text in strings(table.to_pylist())}
     assert len(tables) == 5 and len(texts) > 7000
