@@ -49,6 +49,10 @@ def llama(D, L, H, K, E, M, tied, factor):
     return Config("llama", 128256, D, L, H, K, E, M, 1e-5, 5e5, {"factor": factor, **LLAMA3}, tied, 131072)
 
 
+def smollm2(D, L, H, K, M, theta):
+    return Config("llama", 49152, D, L, H, K, 64, M, 1e-5, theta, None, True, 8192)
+
+
 # the shapes behind the presets; variants (-base, -instruct) share that of their size
 SHAPES = {
     "qwen3-0.6b": qwen3(1024, 28, 16, 8, 3072, True), "qwen3-1.7b": qwen3(2048, 28, 16, 8, 6144, True),
@@ -63,6 +67,9 @@ SHAPES = {
     "llama-3.2-1b": llama(2048, 16, 32, 8, 64, 8192, True, 32.0), "llama-3.2-3b": llama(3072, 28, 24, 8, 128, 8192, True, 32.0),
     "llama-3.1-8b": llama(4096, 32, 32, 8, 128, 14336, False, 8.0),
     "octothinker-3b": llama(3072, 28, 24, 8, 128, 8192, True, 32.0), "octothinker-8b": llama(4096, 32, 32, 8, 128, 14336, False, 8.0),
+    "smollm2-135m": smollm2(576, 30, 9, 3, 1536, 1e5),
+    "smollm2-360m": smollm2(960, 32, 15, 5, 2560, 1e5),
+    "smollm2-1.7b": smollm2(2048, 24, 32, 32, 8192, 1.3e5),
     "mistral-nemo": Config("mistral", 131072, 5120, 40, 32, 8, 128, 14336, 1e-5, 1e6, None, False, 131072),
 }
 

@@ -48,6 +48,9 @@ HUB = {
     "llama-3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
     **{f"octothinker-{s}": f"OctoThinker/OctoThinker-{s.upper()}-Hybrid-Base" for s in ("3b", "8b")},
     **{f"deepseek-r1-distill-qwen-{s}": f"deepseek-ai/DeepSeek-R1-Distill-Qwen-{s.upper()}" for s in ("1.5b", "7b")},
+    **{f"smollm2-{s}": f"HuggingFaceTB/SmolLM2-{s.upper()}" for s in ("135m", "360m", "1.7b")},
+    **{f"smollm2-{s}-instruct": f"HuggingFaceTB/SmolLM2-{s.upper()}-Instruct"
+       for s in ("135m", "360m", "1.7b")},
     "mistral-nemo": "mistralai/Mistral-Nemo-Base-2407",
     "mistral-nemo-instruct": "mistralai/Mistral-Nemo-Instruct-2407",
 }

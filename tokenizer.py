@@ -7,12 +7,15 @@
 Two promises. Text never becomes a control token: a question that spells `<|im_end|>` is encoded as those ten characters; control
 tokens enter a prompt only as ids, from the formats below. And plain text gets the ids that Hugging Face's `tokenizers` gives it, for the
 same file without its added tokens (with them that library makes control tokens of spellings found in text).
+Bytes that a vocabulary has no token for are dropped, as that library drops them: SmolLM2 lacks 21
+of 256, control bytes and such as hardly any text has.
 
 What was simplified: byte-level BPE only, with the split patterns of the families we train; prompts of one question; no Jinja is run.
 """
 import json
 import re
 import unicodedata
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,6 +33,12 @@ LLAMA3 = QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")  # up to three digits togethe
 NEMO = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"  # Mistral-Nemo: also splits camelCase
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
         r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+# SmolLM2, StarCoder: digits are cut out one by one, and GPT-2's pattern cuts what is left between
+# them. So no space joins a digit, and a digit ends white space as the end of the text does. The
+# step that cuts them out knows the digits of Unicode 17, which no \p{N} here has yet.
+NUMBER = r"\p{N}" + "\U00011de0-\U00011de9\U00016ff4-\U00016ff6"
+DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|[#]| ?[^\s\p{L}#]+|\s+(?![^\s#])|\s+"
+DIGITS = DIGITS.replace("#", NUMBER)
 NO_SPLIT = r"(?s:.+)"
 
 
@@ -37,9 +46,11 @@ NO_SPLIT = r"(?s:.+)"
 # Each gives the prompt as a list of control-token ids and plain texts. `c` maps the spelling of a control token to its id.
 
 def chatml(c, question, system, thinking):
-    """Qwen2.5 and Qwen3. Where there is a <think> token (Qwen3), thinking=False adds the empty think block, as Qwen3's template does for
-    enable_thinking=False; the template of Qwen3-Instruct-2507 has no such block: use thinking=True there. Without a system text there is
-    no system message, as in Qwen3; Qwen2.5's templates put in a default that differs between models and is not in tokenizer.json."""
+    """Qwen2.5, Qwen3, SmolLM2. Where there is a <think> token (Qwen3), thinking=False adds the
+    empty think block, as Qwen3's template does for enable_thinking=False; the template of
+    Qwen3-Instruct-2507 has no such block: use thinking=True there. Without a system text there is
+    no system message, as in Qwen3; templates that have one of their own (SmolLM2, Qwen2.5) are seen
+    to by `Tokenizer.default_system`."""
     def turn(role, text):
         return [c["<|im_start|>"], f"{role}\n{text}", c["<|im_end|>"], "\n"]
     parts = (turn("system", system) if system else []) + turn("user", question) + [c["<|im_start|>"], "assistant\n"]
@@ -95,13 +106,20 @@ class Tokenizer:
     n_vocab   highest id + 1. A model may have more rows (Qwen pads its embedding); those are masked in sampling and in training.
     format    name of the prompt format, a key of FORMATS.
     control   {spelling: id} of the control ("added") tokens.
+    missing   the bytes that no token has, as bytes: `encode` drops them. b"" in most families.
+    default_system  the system message that the folder's ChatML template puts in where none is
+              given, "You are a helpful AI assistant named SmolLM, ..."; "" where it has none.
     """
 
     def __init__(self, tokens, control, merging, words, pattern, nfc):
         """tokens: {id: bytes}. merging: ids that merges make, by rank. words: ids that only a whole word gets. pattern: what a word is."""
         self.control, self.n_vocab = control, max(tokens) + 1
-        self.format, self.stop_ids, self._bos = "base", (), None  # `load` fills these in
+        # `load` fills these in
+        self.format, self.stop_ids, self.default_system, self._bos = "base", (), "", None
         self._tokens, self._merging, self._words, self._nfc = tokens, merging, words, nfc
+        self._pattern = pattern
+        present = {tokens[i] for i in merging}
+        self.missing = bytes(b for b in range(256) if bytes([b]) not in present)
         self._bpe = _encoding(pattern, [tokens[i] for i in merging])
         # Built from bytes and whole words alone it has no steps to make a word by merging: it finds whole words and nothing else.
         self._finder = _encoding(pattern, [bytes([b]) for b in range(256)] + [tokens[i] for i in words]) if words else None
@@ -110,7 +128,8 @@ class Tokenizer:
         """Ids of `text` as plain text, without BOS. Control tokens spelled in it stay text. Lone surrogates become U+FFFD.
 
         Runs of more than MAX_RUN characters that are all white space, or have none, are cut into pieces encoded one by one: that keeps the
-        time linear. Nothing is lost: decode(encode(text)) is text, in NFC form where the file asks for that (Qwen).
+        time linear. Nothing is lost but bytes that the vocabulary has no token for:
+        decode(encode(text)) is text, in NFC form where the file asks for that (Qwen).
         """
         text = unicodedata.normalize("NFC", text) if self._nfc else text
         cuts = [0]
@@ -120,7 +139,10 @@ class Tokenizer:
         return [i for a, b in pairwise([*cuts, len(text)]) for i in self._encode(text[a:b])]
 
     def _encode(self, text):
-        ids = [self._merging[rank] for rank in self._bpe.encode_ordinary(text)]
+        ranks = self._bpe.encode_ordinary(text)
+        if self.missing and max(ranks, default=0) >= len(self._merging):
+            ranks = self._encode_without_missing(text)
+        ids = [self._merging[rank] for rank in ranks]
         found, at = {}, 0  # byte offset: id of the whole word that starts there
         for rank in self._finder.encode_ordinary(text) if self._finder else ():
             if rank >= 256:
@@ -138,15 +160,31 @@ class Tokenizer:
             at += len(self._tokens[i])
         return out
 
+    def _encode_without_missing(self, text):
+        """Ranks of a text in which bytes have no token. These are taken out after the text was cut
+        into words: what stood around them in one word may merge, what stood in two may not."""
+        # lone surrogates, as tiktoken sees to them
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        ranks = []
+        for word in _words(self._pattern).findall(text):
+            piece = word.encode().translate(None, delete=self.missing)
+            if piece:
+                ranks += self._bpe._encode_single_piece(piece)
+        return ranks
+
     def decode(self, ids):
         """Text of `ids`, integers in any iterable. Never fails: an id outside the vocabulary and bytes that are no UTF-8 give U+FFFD.
         Control tokens give their spelling."""
         return b"".join(self._tokens.get(int(i), UNKNOWN) for i in ids).decode("utf-8", "replace")
 
     def chat(self, question, system=SYSTEM, thinking=False):
-        """Prompt ids for one question, up to where the reply starts. system "" or None: no instruction. thinking=True: Qwen3 may think."""
+        """Prompt ids for one question, up to where the reply starts.
+
+        system    the instruction; "" or None: no system message, so that a template's own stands
+        thinking  True: Qwen3 may think
+        """
         render, _ = FORMATS[self.format]
-        parts = render(self.control, question, system or "", thinking)
+        parts = render(self.control, question, system or self.default_system, thinking)
         if self.format == "base" and self._bos is not None:
             parts = [self._bos, *parts]
         return [i for part in parts for i in ([part] if isinstance(part, int) else self.encode(part))]
@@ -155,8 +193,9 @@ class Tokenizer:
 def load(folder, format="auto"):
     """Tokenizer of a Hugging Face folder: tokenizer.json and, where there, tokenizer_config.json, generation_config.json, config.json.
 
-    format  a key of FORMATS, or "auto": the first whose control tokens the file has. Llama 3 base models have the chat tokens but never
-            learnt them: a folder whose eos_token is <|end_of_text|> and that has no chat template gets "base".
+    format  a key of FORMATS, or "auto": the first whose control tokens the file has. Base models of
+            Llama 3 and SmolLM2 have the chat tokens but never learnt them: a folder whose eos_token
+            ends texts, not turns, and that has no chat template gets "base".
     Raises  FileNotFoundError without a tokenizer.json; ValueError (one line) for one that is broken, or no byte-level BPE of a known
             family, and for a format whose control tokens it lacks.
     """
@@ -184,12 +223,14 @@ def load(folder, format="auto"):
     tok.stop_ids = tuple(sorted(i for i in stops if i is not None and 0 <= i < tok.n_vocab))
 
     able = [name for name, (_, needs) in FORMATS.items() if all(token in tok.control for token in needs)]
-    has_template = "chat_template" in config or any((folder / f"chat_template.{end}").exists() for end in ("jinja", "json"))
+    template = _template(folder, config)
     tok.format = able[0] if format == "auto" else format
-    if format == "auto" and tok.format == "llama3" and eos == "<|end_of_text|>" and not has_template:
+    if format == "auto" and eos in ("<|end_of_text|>", "<|endoftext|>") and not template:
         tok.format = "base"
     if tok.format not in able:
         raise ValueError(f"{folder} has no tokens for the prompt format {format!r}: choose one of auto, {', '.join(able)}")
+    if tok.format == "chatml":
+        tok.default_system = _default_system(template)
     return tok
 
 
@@ -220,8 +261,68 @@ def _spelling(token):
     return token if isinstance(token, str) else None
 
 
+def _template(folder, config):
+    """The folder's chat template, which is Jinja; "" when it has none."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        with path.open("rb") as f:
+            return f.read(MAX_FILE).decode("utf-8", "replace")
+    given = config.get("chat_template") or _read(folder / "chat_template.json").get("chat_template")
+    if isinstance(given, list):  # several, by name
+        entries = [entry for entry in given if isinstance(entry, dict)]
+        given = {entry.get("name"): entry.get("template") for entry in entries}.get("default")
+    return given if isinstance(given, str) else ""
+
+
+def _default_system(template):
+    """The system message that a ChatML template holds as a literal, "" when it holds none. No Jinja
+    is run: a literal is 'in single quotes', a new line in it stands as itself or as its escape."""
+    text = r"((?:[^'\\]|\\.)*?)"
+    literal = re.search(rf"'<\|im_start\|>system(?:\n|\\n){text}<\|im_end\|>", template, re.DOTALL)
+    if not literal:
+        return ""
+    # this is how Jinja reads escapes
+    return literal[1].encode("ascii", "backslashreplace").decode("unicode-escape", "replace")
+
+
+@cache
+def _words(pattern):
+    """The split pattern for `re`, which has no \\p{..} and another idea of white space."""
+    out, opened = "", False
+    for part in re.split(r"([\[\]]|\\p\{\w+\}|\\[sS])", pattern):
+        if part in ("[", "]"):
+            opened = part == "["
+        elif part == r"\S":
+            part = f"[^{_characters(part.lower())}]"
+        elif part == r"\s" or part.startswith(r"\p"):
+            part = _characters(part) if opened else f"[{_characters(part)}]"
+        out += part
+    return re.compile(out)
+
+
+@cache
+def _characters(name):
+    """What a class such as \\p{L} holds in tiktoken's engine, as ranges for the brackets of `re`.
+
+    Not as Python has it: libraries differ in their version of Unicode, and so in what is a letter.
+    """
+    every = "".join(chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000)
+    found = bytes(_encoding(name, []).encode_ordinary(every)).decode()  # only what matches
+    ranges = []
+    for c in map(ord, found):
+        if ranges and ranges[-1][1] == c - 1:
+            ranges[-1][1] = c
+        else:
+            ranges.append([c, c])
+    return "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in ranges)
+
+
 def _encoding(pattern, tokens):
-    return tiktoken.Encoding("", pat_str=pattern, mergeable_ranks={t: rank for rank, t in enumerate(tokens)}, special_tokens={})
+    """BPE of these tokens, ranked as they stand. Bytes that are none of them come last."""
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    for b in range(256):
+        ranks.setdefault(bytes([b]), len(ranks))
+    return tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
 
 def _build(file):
@@ -244,7 +345,8 @@ def _build(file):
     if len(set(ids.values())) < len(ids) or len(control) < len(added) or any(vocab.get(t, i) != i for t, i in control.items()):
         raise ValueError("two tokens share an id, or one token has two")
     if max(ids.values(), default=0) > 2 * len(ids) + 1000:
-        raise ValueError(f"ids go up to {max(ids.values())} for {len(ids)} tokens: they must lie closer")
+        highest = str(max(ids.values()))
+        raise ValueError(f"ids go up to {highest:.20} for {len(ids)} tokens: they must lie closer")
 
     alphabet = _byte_alphabet()
     tokens, plain = {}, {}  # {id: bytes} of all; {token: id} of those that text may become
@@ -257,15 +359,28 @@ def _build(file):
     for token, i in control.items():
         tokens[i] = token.encode("utf-8", "replace")
         plain.pop(token, None)
-    letters = [chr(c) for c, b in alphabet.items() if b < 256]
-    if not all(letter in plain for letter in letters):
-        raise ValueError("some of the 256 byte tokens are missing, or are added tokens: only byte-level BPE is supported")
+    letters = {chr(c): b for c, b in alphabet.items() if b < 256}
+    missing = bytes(b for letter, b in letters.items() if letter not in plain)
+    _check_missing(missing, letters.keys() & control.keys(), model)
 
-    merging = _merge_order([plain[letter] for letter in letters], plain, model, tokens)
+    byte_ids = [plain[letter] for letter in letters if letter in plain]
+    merging = _merge_order(byte_ids, plain, model, tokens)
     words = sorted(set(plain.values()) - set(merging)) if model.get("ignore_merges") else []
     if any(len(tokens[i]) < 3 for i in words):
         raise ValueError("a token of two bytes has no merge, which is not supported together with ignore_merges")
     return Tokenizer(tokens, control, merging, words, _split_pattern(file.get("pre_tokenizer")), nfc=normalizer == "NFC")
+
+
+def _check_missing(missing, controlling, model):
+    """Refuse bytes without a token where more is at stake than bytes that texts hardly have."""
+    written = bytes([9, 10, 13, *range(32, 127)])
+    if controlling or any(b in written for b in missing):
+        raise ValueError("some of the 256 byte tokens are added tokens, or printable and missing: "
+                         "only byte-level BPE is supported")
+    for key in ("unk_token", "ignore_merges"):
+        if missing and model.get(key):
+            raise ValueError(f"{len(missing)} of the 256 byte tokens are missing, which is not "
+                             f"supported together with {key}")
 
 
 def _byte_alphabet():
@@ -280,15 +395,25 @@ def _split_pattern(pre):
     pre = pre or {}
     steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
     kinds, last = [step.get("type") for step in steps], steps[-1]
-    split, use_regex = kinds == ["Split", "ByteLevel"], last.get("use_regex", True)
-    if not (kinds == ["ByteLevel"] or split and not use_regex) or last.get("add_prefix_space"):
-        raise ValueError(f"the pre-tokenizer {kinds!r:.80} is not supported: only ByteLevel, with or without a Split before, "
-                         "and no prefix space")
-    if not split:
-        return GPT2 if use_regex else NO_SPLIT
-    pattern = steps[0]["pattern"].get("Regex")
-    if pattern not in (GPT2, QWEN, LLAMA3, NEMO) or steps[0].get("behavior") != "Isolated" or steps[0].get("invert"):
-        raise ValueError(f"the split pattern {str(pattern)[:60]!r} is not one of GPT-2, Qwen, Llama 3, Mistral-Nemo")
+    use_regex = last.get("use_regex", True)
+    if not last.get("add_prefix_space"):
+        if kinds == ["ByteLevel"]:
+            return GPT2 if use_regex else NO_SPLIT
+        if kinds == ["Digits", "ByteLevel"] and use_regex and steps[0].get("individual_digits"):
+            return DIGITS
+        if kinds == ["Split", "ByteLevel"] and not use_regex:
+            return _known_pattern(steps[0])
+    raise ValueError(f"the pre-tokenizer {kinds!r:.80} is not supported: only ByteLevel, alone or "
+                     "after a Split or Digits one by one, and no prefix space")
+
+
+def _known_pattern(split):
+    """The pattern of a Split step, which must be one of those above."""
+    pattern = split["pattern"].get("Regex")
+    known = pattern in (GPT2, QWEN, LLAMA3, NEMO)
+    if not known or split.get("behavior") != "Isolated" or split.get("invert"):
+        raise ValueError(f"the split pattern {str(pattern)[:60]!r} is not one of GPT-2, Qwen, "
+                         "Llama 3, Mistral-Nemo")
     return pattern
 
 
@@ -305,7 +430,7 @@ def _bos(file, config, control):
 # ---------------------------------------------------------------- merge order
 
 def _merge_order(byte_ids, plain, model, tokens):
-    """Ids of the 256 bytes, then of the tokens that merging makes, by rank.
+    """Ids of the bytes (256, or fewer), then of the tokens that merging makes, by rank.
 
     tokenizer.json merges the listed *pairs*, by their place in the list. tiktoken merges any neighbours that together are a token, by the
     rank of that token. The two agree when each token here has the rank of the pair that makes it, and tokens that no pair makes are left
@@ -329,7 +454,11 @@ def _merge_order(byte_ids, plain, model, tokens):
         return order
     # tiktoken takes a word that is a token as it is. Here merges must make it: followed by a byte that never merges, they have to.
     bpe = _encoding(NO_SPLIT, [tokens[i] for i in order])
-    return [i for rank, i in enumerate(order) if rank < 256 or bpe._encode_single_piece(tokens[i] + b"\xff")[0] == rank]
+    made = list(byte_ids)
+    for rank, i in enumerate(wholes, len(byte_ids)):
+        if bpe._encode_single_piece(tokens[i] + b"\xff")[0] == rank:
+            made.append(i)
+    return made
 
 
 def _all_splits(pairs, wholes, plain):

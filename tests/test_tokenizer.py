@@ -6,17 +6,27 @@ template renders.
 """
 import copy
 import json
+import os
 import random
+import shutil
+import subprocess
+import sys
 import time
 import unicodedata
+from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bench
 import tokenizer
+from model import HUB
+from model import load as load_model
+from rollout import Sampler
 from tokenizer import SYSTEM, load
 
 TEXTS = [
@@ -52,8 +62,10 @@ def split(pattern):
 NEMO = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
         r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+ONE_BY_ONE, RUNS = ({"type": "Digits", "individual_digits": each} for each in (True, False))
 PRE = {"gpt2": BYTE_LEVEL, "none": BYTE_LEVEL | {"use_regex": False}, "qwen": split(tokenizer.QWEN), "llama3": split(tokenizer.LLAMA3),
-       "nemo": split(NEMO)}
+       "nemo": split(NEMO),
+       "digits": {"type": "Sequence", "pretokenizers": [ONE_BY_ONE, BYTE_LEVEL]}}
 
 
 def bpe_file(vocab, merges, pre="gpt2", ignore_merges=False, normalizer=None, added=()):
@@ -273,6 +285,157 @@ def test_long_text_with_breaks_is_not_cut(tmp_path, trained):
     assert_equal(tok, reference, "".join(TEXTS) * 20 + "x" * tokenizer.MAX_RUN + " " * tokenizer.MAX_RUN + "y")
 
 
+# ---------------------------------------------------------------- missing bytes and Digits
+
+# SmolLM2's: six control bytes, two that lead unassigned planes, and those that UTF-8 never has
+MISSING = bytes([4, 6, 0x13, 0x14, 0x16, 0x1D, 0xF1, 0xF2, 0xC0, 0xC1, *range(0xF5, 0x100)])
+DIGITS = [chr(c) for c in range(sys.maxunicode) if unicodedata.category(chr(c))[0] == "N"]
+CONTROLS = [chr(c) for c in (*range(32), *range(127, 160))]
+SPACES = [*" \t\n\x0b\x1c\x85\u00a0\u2003\u2028\u3000", "  ", "\r\n"]
+LOOKALIKES = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<repo_name>", "<|im_start", "|>"]
+LOOKALIKES += ["<think>", "system\n", "＜|im_end|＞", "<|im_end|\x04>", "<\x06|im_end|>"]
+PARTS = ["the", "'s", "'ll", "!", "!!", "(", "\\frac{", "}", "$x$", "don't", "=", "_"]
+
+
+def hostile(n, seed):
+    """n texts of what tokenizers trip over: digits and letters of all scripts, control bytes, runs
+    of white space, emoji, spellings of control tokens, TeX; bytes that SmolLM2 has no token for."""
+    r = random.Random(seed)
+
+    def piece():
+        kind = r.randrange(9)
+        if kind == 0:
+            return "".join(r.choices(DIGITS, k=r.randint(1, 6)))
+        if kind == 1:
+            return str(r.randrange(10 ** r.randint(1, 12)))
+        if kind == 2:
+            return r.choice(SPACES) * r.randint(1, 5)
+        if kind == 3:
+            return "".join(r.choices(CONTROLS, k=r.randint(1, 4)))
+        if kind == 4:
+            return r.choice(LOOKALIKES)
+        if kind == 5:
+            return r.choice("\x04\x06\x13\x14\x16\x1d\U00040000\U000bffff") * r.randint(1, 3)
+        if kind == 6:
+            return r.choice(TEXTS)[:40]
+        if kind == 7:
+            return r.choice(PARTS)
+        below = r.choice([0x80, 0x800, 0xD800, 0x20000, sys.maxunicode])
+        text = "".join(chr(r.randrange(below)) for _ in range(r.randint(1, 5)))
+        return text.encode("utf-8", "ignore").decode()  # no lone surrogates
+
+    return ["".join(piece() for _ in range(r.randint(1, 8))) for _ in range(n)]
+
+
+def stand_in(b):
+    """A byte's letter in vocabularies: itself where it prints, else one of U+0100.., in order."""
+    hidden = [b for b in range(256) if chr(b) not in LETTERS]
+    return chr(256 + hidden.index(b)) if b in hidden else chr(b)
+
+
+def all_splits(vocab):
+    """Every split of every token into two tokens, as merges."""
+    merges = []
+    for token in sorted(vocab, key=vocab.get):
+        for k in range(1, len(token)):
+            if token[:k] in vocab and token[k:] in vocab:
+                merges.append([token[:k], token[k:]])
+    return merges
+
+
+def without(vocab, merges, missing, pre, **kw):
+    """A tokenizer.json whose vocabulary lacks these bytes and all that is made of them."""
+    gone = set(map(stand_in, missing))
+    kept = [token for token in vocab if not gone & set(token)]
+    merges = [m for m in merges if not gone & set(m[0] + m[1])]
+    return bpe_file({token: i for i, token in enumerate(kept)}, merges, pre, **kw)
+
+
+@pytest.fixture(scope="session")
+def smol(tmp_path_factory, trained):
+    """A small SmolLM2: bytes missing, digits one by one; as `full_size` gives the others."""
+    file = without(*trained, MISSING, "digits", added=SPECIALS)
+    assert sum(len(token) == 1 for token in file["model"]["vocab"]) == 256 - 21
+    folder = write(tmp_path_factory.mktemp("smol"), file)
+    return load(folder), oracle(file), tokenizers.Tokenizer.from_str(json.dumps(file)), file
+
+
+def assert_round_trip(tok, reference, text):
+    """Ids and decoded text, as the library has them. Returns whether bytes were lost."""
+    ids = tok.encode(text)
+    assert ids == reference.encode(text, add_special_tokens=False).ids, repr(text)
+    assert tok.decode(ids) == reference.decode(ids, skip_special_tokens=False), repr(text)
+    return tok.decode(ids) != text
+
+
+def test_smollm2_like_equals_tokenizers(smol):
+    tok, reference, _, _ = smol
+    texts = [*TEXTS, *hostile(1500, seed=12)]
+    lost = sum(assert_round_trip(tok, reference, text) for text in texts)
+    assert 300 < lost < 1200
+
+
+def test_smollm2_like_random_ids_decode_as_tokenizers_do(smol):
+    tok, _, full, _ = smol
+    r = random.Random(3)
+    for _ in range(500):
+        ids = [r.randrange(tok.n_vocab) for _ in range(r.randint(0, 20))]
+        assert tok.decode(ids) == full.decode(ids, skip_special_tokens=False)
+
+
+def test_missing_bytes_join_what_stood_in_one_word_only(smol):
+    """The two "=" of "=\\x04=" meet once the byte has gone, "t" and "he" of "t\\x04he" do not."""
+    tok, reference, _, _ = smol
+    assert len(tok.encode("==")) == 1 and tok.encode("=\x04=") == tok.encode("==")
+    assert len(tok.encode("the")) == 1
+    assert tok.encode("t\x04he") == tok.encode("t") + tok.encode("he")
+    for text in ("\x04", "\x04\x06", " \x04", "\x04 the", "'\x04s", "1\x042", "\U00040000"):
+        assert tok.encode(text) == reference.encode(text).ids
+    assert tok.encode("\x04\x06") == [] and tok.encode("\x04\ud83d") == tok.encode("\ufffd")
+    long = "=\x04" * 30_000
+    assert tok.encode("a" + long) == tok.encode("a") + tok.encode(long)
+
+
+@pytest.mark.parametrize("pre", PRE)
+def test_any_missing_bytes_with_any_pattern(tmp_path, trained, pre):
+    """Of letters, digits and white space, too: what a byte is part of decides where words end."""
+    vocab, merges = trained
+    r, lost = random.Random(pre), 0
+    for _ in range(6):
+        missing = bytes(r.sample([*range(9), 11, 12, *range(14, 32), *range(127, 256)], 40))
+        listed = merges
+        if r.random() < 0.5:  # as files converted from tiktoken have them
+            listed = all_splits(vocab)
+        file = without(vocab, listed, missing, pre, normalizer="NFC" if pre == "qwen" else None)
+        tok, reference = load(write(tmp_path, file)), oracle(file)
+        for text in [*TEXTS, *hostile(100, seed=r.random())]:
+            ids = tok.encode(text)
+            assert ids == reference.encode(text, add_special_tokens=False).ids, repr(text)
+            assert tok.decode(ids) == reference.decode(ids, skip_special_tokens=False)
+            lost += tok.decode(ids) != text
+    assert lost > 200
+
+
+def test_digits_of_all_scripts_are_cut_out_one_by_one(smol):
+    tok, reference, _, _ = smol
+    assert len(DIGITS) > 1700
+    for a, b in zip(DIGITS, DIGITS[1:], strict=False):
+        assert_round_trip(tok, reference, f"x{a}{b}  {a} !{b}! {a}'s\n{b}")
+    assert [tok.decode([i]) for i in tok.encode("the 12")] == ["the", " ", "1", "2"]
+
+
+def test_missing_bytes_that_are_not_supported(tmp_path, trained):
+    file = without(*trained, MISSING, "digits")
+    assert load(write(tmp_path, file)).encode("a\x04") == load(tmp_path).encode("a")
+    for key, value in {"unk_token": "a", "ignore_merges": True}.items():
+        write(tmp_path, file | {"model": file["model"] | {key: value}})
+        with pytest.raises(ValueError, match=f"21 of the 256 byte .* together with {key}"):
+            load(tmp_path)
+    for printable in (b"e", b" ", b"\n"):
+        with pytest.raises(ValueError, match="printable and missing"):
+            load(write(tmp_path, without(*trained, MISSING + printable, "digits")))
+
+
 # ---------------------------------------------------------------- decoding
 
 @pytest.mark.parametrize("name", ["small", "qwen3", "llama31"])
@@ -364,6 +527,89 @@ def test_prompt_of_every_family(tmp_path, trained, family):
         assert tok.chat(QUESTION, system="") == tok.chat(QUESTION, system=None) == rendered(full, bare)
     if format != "base":
         assert load(tmp_path, format="base").chat(QUESTION) == rendered(full, f"{QUESTION}\n{SYSTEM}\n")
+
+
+# Templates with a system message of their own, in the ways of SmolLM2-Instruct and of Qwen2.5, and
+# one without. `theirs` stands for what it says.
+LOOP = "{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}"
+FIRST = (
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
+    "{{ '<|im_start|>system\ntheirs<|im_end|>\n' }}{% endif %}" + LOOP + "{% endfor %}"
+)
+TOOLS = (
+    r"{%- if tools %}{{- '<|im_start|>system\n' }}{{- 'theirs' }}"
+    r"{%- elif messages[0]['role'] != 'system' %}"
+    r"{{- '<|im_start|>system\ntheirs<|im_end|>\n' }}{%- endif %}{% for m in messages %}"
+    + LOOP
+    + "{% endfor %}"
+)
+PLAIN = (
+    "{%- if messages[0]['role'] == 'system' %}"
+    "{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}"
+    "{%- set messages = messages[1:] %}{%- endif %}{% for m in messages %}" + LOOP + "{% endfor %}"
+)
+REPLY = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+SMOL = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+TEMPLATES = {  # template, its system message as a literal of Jinja, and as text
+    "none": (PLAIN, "", ""),
+    "smollm2": (FIRST, SMOL, SMOL),
+    "qwen2.5": (TOOLS, "You are Qwen.\\nIt's é", "You are Qwen.\nIt's é"),
+    "qwen2.5-math": (TOOLS, r"Put it within \\boxed{}.", r"Put it within \boxed{}."),
+}
+
+
+@pytest.mark.parametrize("kept_in", ["config", "named", "jinja", "json"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_templates_own_system_message_where_none_is_given(tmp_path, trained, name, kept_in):
+    transformers = pytest.importorskip("transformers")
+    template, literal, says = TEMPLATES[name]
+    template = template.replace("theirs", literal.replace("'", r"\'")) + REPLY
+    file = without(*trained, MISSING, "digits", added=SPECIALS)
+    config = {"eos_token": "<|im_end|>"}
+    if kept_in == "config":
+        config["chat_template"] = template
+    elif kept_in == "named":
+        config["chat_template"] = [
+            {"name": "tool_use", "template": FIRST},
+            {"name": "default", "template": template},
+        ]
+    elif kept_in == "jinja":
+        (tmp_path / "chat_template.jinja").write_text(template)
+    else:
+        (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    tok = load(write(tmp_path, file, tokenizer_config=config))
+    full = tokenizers.Tokenizer.from_str(json.dumps(file))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=full, chat_template=template)
+
+    def rendered_ids(messages):
+        messages = [{"role": role, "content": text} for role, text in messages]
+        return theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+    assert tok.format == "chatml" and tok.default_system == says
+    assert tok.chat(QUESTION, "") == tok.chat(QUESTION, None) == rendered_ids([("user", QUESTION)])
+    assert tok.chat(QUESTION) == rendered_ids([("system", SYSTEM), ("user", QUESTION)])
+    assert tok.chat(QUESTION, " ") == rendered_ids([("system", " "), ("user", QUESTION)])
+    assert load(tmp_path, format="base").chat(QUESTION, "") == tok.encode(f"{QUESTION}\n")
+
+
+def test_a_template_that_is_none(tmp_path, trained):
+    file = bpe_file(*trained, added=SPECIALS)
+    others = [{"name": "rag", "template": FIRST}]
+    for value in (None, 3, [], [3], [{"name": "default"}], others, {"default": FIRST}):
+        tok = load(write(tmp_path, file, tokenizer_config={"chat_template": value}))
+        assert tok.format == "chatml" and tok.default_system == ""
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff'<|im_start|>system\n\xff\\x<|im_end|>")
+    assert load(tmp_path).default_system.startswith("\ufffd")
+
+
+def test_chatml_base_folders_get_the_base_format(tmp_path, trained):
+    """SmolLM2's base models have the chat tokens, and no template; Qwen's base models have one."""
+    file = bpe_file(*trained, added=SPECIALS)
+    config = {"eos_token": "<|endoftext|>"}
+    assert load(write(tmp_path, file, tokenizer_config=config)).format == "base"
+    assert load(tmp_path, format="chatml").format == "chatml"
+    write(tmp_path, file, tokenizer_config=config | {"chat_template": PLAIN})
+    assert load(tmp_path).format == "chatml"
 
 
 def test_base_format_adds_the_bos_that_the_folder_adds(shared, tmp_path, trained, llama31):
@@ -477,6 +723,9 @@ BROKEN = {  # part of the message: what is wrong
     "normalizer 'NFKC'": at("normalizer", {"type": "NFKC"}),
     "pre-tokenizer ['Metaspace']": at("pre_tokenizer", {"type": "Metaspace"}),
     "pre-tokenizer [None]": at("pre_tokenizer", None),
+    "pre-tokenizer ['Digits', 'ByteLevel']": at("pre_tokenizer/pretokenizers/0", ONE_BY_ONE),
+    "['Digits', 'ByteLevel'] is not": at("pre_tokenizer/pretokenizers", [RUNS, BYTE_LEVEL]),
+    "['ByteLevel', 'Digits'] is not": at("pre_tokenizer/pretokenizers", [BYTE_LEVEL, ONE_BY_ONE]),
     "and no prefix space": at("pre_tokenizer/pretokenizers/1/add_prefix_space", True),
     "pre-tokenizer ['Split', 'ByteLevel']": at("pre_tokenizer/pretokenizers/1/use_regex", True),
     "split pattern '(a+)+$'": at("pre_tokenizer/pretokenizers/0/pattern/Regex", "(a+)+$"),
@@ -543,3 +792,118 @@ def test_patterns_are_the_families_own(qwen3, llama31):
     for (_, _, _, file), pattern in ((qwen3, tokenizer.QWEN), (llama31, tokenizer.LLAMA3)):
         assert file["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] == pattern
     assert tokenizer.NEMO == NEMO
+
+
+# ---------------------------------------------------------------- SmolLM2, full size
+
+
+def test_smollm2_presets():
+    """Parameters as their publisher counts them; a preset's shape goes by the preset's name."""
+    sizes = {"135m": 134_515_008, "360m": 361_821_120, "1.7b": 1_711_376_384}
+    for size, count in sizes.items():
+        for kind in ("", "-instruct"):
+            name = f"smollm2-{size}{kind}"
+            assert HUB[name] == f"HuggingFaceTB/SmolLM2-{size.upper()}{kind.title()}"
+            assert sum(p.numel() for p in bench.meta(bench.shape(name)).parameters()) == count
+
+
+@pytest.fixture(scope="module")
+def smollm2(shared, tmp_path_factory):
+    """SmolLM2-135M-Instruct: the folder that the variable SMOLLM2 names, or one made here."""
+    if os.environ.get("SMOLLM2"):
+        yield Path(os.environ["SMOLLM2"])
+        return
+    maker = shared / "tools" / "smollm2_folder.py"
+    if not maker.is_file():
+        pytest.skip("no ../shared/tools/smollm2_folder.py, and SMOLLM2 names no folder")
+    folder = tmp_path_factory.mktemp("smollm2")
+    try:
+        made = subprocess.run(
+            [sys.executable, maker, folder], capture_output=True, text=True, timeout=300
+        )
+    except subprocess.TimeoutExpired:
+        pytest.skip("SmolLM2 was not there after 300 s")
+    if made.returncode:  # no network, or no `gguf` package
+        why = made.stderr.strip().splitlines()[-1:]
+        pytest.skip(f"SmolLM2 cannot be made here: {' '.join(why)}")
+    yield folder
+    shutil.rmtree(folder)  # 0.5 GB
+
+
+def strings(value):
+    """Every text inside a row of a table."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from strings(part)
+
+
+@pytest.mark.slow
+def test_smollm2_equals_tokenizers_on_the_problem_sets_and_hostile_texts(smollm2, shared):
+    file = json.loads((smollm2 / "tokenizer.json").read_text())
+    tok, reference = load(smollm2), oracle(file)
+    assert len(tok.missing) == 21 and tok.n_vocab == 49152 and tok.stop_ids == (0, 2)
+    tables = [pyarrow.parquet.read_table(path) for path in (shared / "data").glob("*.parquet")]
+    texts = {text for table in tables for text in strings(table.to_pylist())}
+    assert len(tables) == 5 and len(texts) > 7000
+    assert not any(assert_round_trip(tok, reference, text) for text in texts)  # nothing is lost
+    texts = [*TEXTS, *hostile(3000, seed=2)]
+    lost = sum(assert_round_trip(tok, reference, text) for text in texts)
+    assert 600 < lost < 2400
+    words = [text for i in range(tok.n_vocab) if "\ufffd" not in (text := tok.decode([i]))]
+    random.Random(0).shuffle(words)
+    for k in range(0, len(words), 20):
+        joined, apart = "".join(words[k : k + 10]), " ".join(words[k + 10 : k + 20])
+        assert_round_trip(tok, reference, f"{joined}\n{apart}")
+
+
+QUESTIONS = [
+    "Tom has 3 apples and buys 5 more. How many apples has he now?",
+    "What is 12 * 34?",
+    "Name three primes above 100.",
+    "Write a haiku about the sea.",
+    QUESTION,
+]
+
+
+@pytest.mark.slow
+def test_smollm2_prompts_equal_its_own_template(smollm2):
+    transformers = pytest.importorskip("transformers")
+    theirs, tok = transformers.AutoTokenizer.from_pretrained(smollm2), load(smollm2)
+    assert tok.default_system == SMOL
+    for question in QUESTIONS:
+        user = {"role": "user", "content": question}
+        for system in (SYSTEM, "Be brief.", " ", "", None):
+            messages = [{"role": "system", "content": system}, user] if system else [user]
+            want = theirs.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False
+            )
+            assert tok.chat(question, system) == want
+
+
+@pytest.mark.slow
+def test_smollm2_greedy_tokens_and_logprobs_equal_transformers(smollm2):
+    """Ragged prompts through two slots, so that slots are refilled."""
+    transformers = pytest.importorskip("transformers")
+    ours, tok = load_model(smollm2), load(smollm2)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    assert ours.config == bench.shape("smollm2-135m-instruct")
+    systems = (None, "", SYSTEM, None, "Be brief.")
+    prompts = [tok.chat(q, system) for q, system in zip(QUESTIONS, systems, strict=True)]
+    sampler = Sampler(ours, slots=2, max_len=256)
+    samples = sampler.generate(prompts, 1, 24, 0, tok.stop_ids, n_vocab=tok.n_vocab)
+    ends = dict(eos_token_id=list(tok.stop_ids), pad_token_id=2)
+    for prompt, (sample,) in zip(prompts, samples, strict=True):
+        ids = torch.tensor([prompt])
+        mask = torch.ones_like(ids)
+        out = theirs.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False, **ends)
+        drawn = out[0, len(prompt) :]
+        assert sample.ids == drawn.tolist()
+        with torch.no_grad():
+            theirs_all = theirs(out).logits[0].log_softmax(-1)
+            ours_all = ours.unembed(ours(out))[0].log_softmax(-1)
+        assert (theirs_all - ours_all).abs().max() < 1e-3
+        theirs_drawn = theirs_all[len(prompt) - 1 : -1].gather(1, drawn[:, None])[:, 0]
+        assert (theirs_drawn - torch.tensor(sample.logprobs)).abs().max() < 1e-4
+    assert sum(len(s.ids) for s, in samples) > 60 and any(s.stopped for s, in samples)
