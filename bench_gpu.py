@@ -221,7 +221,8 @@ def head_products(device, n, D, columns, dtype):
     yield "to states", lambda: dz @ E
     yield "to weights", lambda: dE.addmm_(dz.t().float(), h.float())
     if half:
-        yield "to weights, out_dtype", lambda: torch.addmm(dE, dz.t(), h, **half, out=dE)
+        yield "to weights, out_dtype", lambda: torch.addmm(dE, dz.t(), h, **half)
+        yield "to weights, in place", lambda: torch.addmm(dE, dz.t(), h, **half, out=dE)
 
 
 def in_tf32(on, device, f):
