@@ -10,6 +10,7 @@
     python bench.py bupo                                                      an update at layer l against one at full depth
     python bench.py optimizer                                                 AdamW against AdamW of fewer bytes
     python bench.py lens                                                      every internal policy, against hooks
+    python bench.py gpu                                                       all that a first session on a GPU should run
 
 decode and workload take --versus: transformers' generate on the same weights, prompts and lengths. Both sides of every comparison run in
 turns in one process: only such ratios mean something on a machine that does other work too. The last line printed is one JSON object.
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+import bench_gpu
 from bupo import backward, forward_flops
 from cli import guarded, natural, pick_device
 from decompose import measure, pick
@@ -567,6 +569,7 @@ def main(argv=None):
         if run is bupo:
             q.add_argument("--layer", type=natural, default=7, help="internal layer, of 28 (default 7)")
             q.add_argument("--width", type=natural, default=128, help="D; all else keeps qwen3-0.6b's proportions (default 128)")
+    bench_gpu.add_parser(sub)
     args = p.parse_args(argv)
     if getattr(args, "threads", None): torch.set_num_threads(args.threads)      # init has no use for them
     args.run(args)

@@ -1,10 +1,14 @@
 """The benchmarks end to end at toy sizes, what they compute by hand, and the sampler against transformers' generate."""
 import json
+import sys
+import time
 
 import pytest
 import torch
+from emulated import flash_kernel
 
 import bench
+import bench_gpu
 from model import Config, Transformer, load
 from rollout import Sampler
 
@@ -109,3 +113,74 @@ def test_training_commands_measure_equal_things(argv, keys, capsys, monkeypatch)
     assert keys <= out.keys() and out["command"] == argv[0]
     if argv[0] == "bupo": assert out["same_parameters"] and out["gradients_apart"] < 1e-5
     if argv[0] == "lens": assert out["entropies_apart"] < 1e-4
+
+
+def test_a_first_session_on_a_gpu_in_miniature(tmp_path, capsys):
+    """Every part and every line of it, the kernel emulated, on tiny shapes; a row for each part."""
+    out = tmp_path / "gpu.jsonl"
+    with flash_kernel() as kernel:
+        bench.main(["gpu", "--device", "cpu", "--out", str(out)])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows == [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["part"] for row in rows] == [*bench_gpu.PARTS]
+    assert all(row["torch"] == torch.__version__ and "commit" in row for row in rows)
+    assert "error" not in out.read_text() and "left_out" not in out.read_text()
+    seen = {row["part"]: row for row in rows}
+    assert "pytest" in seen["tests"]["pytest"]["tail"] and (bench_gpu.ROOT / "tests/test_gpu.py").exists()
+    assert seen["weights"]["several_updates"]["apart_over_way"] < 1e-6
+    assert seen["split"]["1 micro-batches"] == 0 and seen["split"]["8 micro-batches"] < 0.01
+    assert len([key for key in seen["head"] if "logits" in key]) == 6
+    assert seen["attention"]["tail of 3, 8 splits"]["apart"] == 0 and kernel["backward"]
+    assert seen["decode"]["tiny B=2"]["share_of_copy"] > 0
+    assert 0 < seen["update"]["tiny recompute"]["mfu"] < 1
+    assert seen["optimizer"]["split"]["ns_per_parameter"] > 0
+    assert all(len(seen["profile"][key]) == 15 for key in ("4 decode steps", "update"))
+    assert seen["runs"]["sparing"]["updates"] > 0
+
+
+def test_a_part_that_fails_or_takes_too_long_costs_only_itself(tmp_path, monkeypatch):
+    """A measurement, a whole part, a part out of time, and one whose process dies."""
+    def part(device, left):
+        yield "first", lambda: 1 / 3
+        yield "broken", lambda: 1 / 0
+        yield "slow", lambda: time.sleep(60)
+        yield "last", lambda: 1
+
+    def broken(device, left):
+        raise ValueError("no such\nthing")
+        yield
+    monkeypatch.setattr(bench_gpu, "PARTS", {"part": (part, 30), "broken": (broken, 30)})
+    out = tmp_path / "gpu.jsonl"
+    bench.main(["gpu", "--device", "cpu", "--seconds", "1", "--out", str(out)])
+    first, second = map(json.loads, out.read_text().splitlines())
+    assert first["first"] == 0.3333 and "ZeroDivisionError" in first["broken"]["error"]
+    assert "time is up" in first["slow"]["error"] and first["left_out"] == ["last"]
+    assert second["error"] == "ValueError: no such thing"
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    bench_gpu.apart("part", 30, out)
+    assert json.loads(out.read_text().splitlines()[-1])["error"] == "ended with exit code 1"
+    monkeypatch.setattr(bench_gpu, "ROOT", tmp_path)
+    (tmp_path / "bench.py").write_text("exec sleep 60")
+    monkeypatch.setattr(sys, "executable", "/bin/sh")
+    bench_gpu.apart("part", 1, out)
+    assert json.loads(out.read_text().splitlines()[-1])["error"] == "killed after 1 s"
+
+
+def test_on_a_gpu_every_part_is_a_process_of_its_own_while_time_is_left(tmp_path, monkeypatch):
+    """In order, each with what is left; then rows that say why there is nothing."""
+    started, clock, out = [], iter(range(0, 10**6, 65)), tmp_path / "gpu.jsonl"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench_gpu, "apart", lambda name, left, out: started.append((name, left)))
+    monkeypatch.setattr(bench_gpu.time, "perf_counter", lambda: next(clock))
+    bench.main(["gpu", "--seconds", "500", "--out", str(out)])
+    names = [*bench_gpu.PARTS]
+    assert started == [(name, 500 - 65 * (i + 1)) for i, name in enumerate(names[:7])]
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows == [{"part": name, "skipped": "no time left"} for name in names[7:]]
+
+
+def test_a_session_without_a_gpu_or_of_unknown_parts_is_one_line():
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no GPU here: --device cpu"): bench.main(["gpu"])
+    with pytest.raises(ValueError, match="heads: no such part; there are tests"):
+        bench.main(["gpu", "--device", "cpu", "--parts", "head,heads"])

@@ -1,0 +1,558 @@
+"""`python bench.py gpu`: what to run first on a GPU, what teaches most first, in ten minutes.
+
+Right or wrong comes before fast or slow: kernels against float32, then whether an update sees the
+weights that the one before it made, and whether a gradient depends on how its batch is cut. After
+that speed, part by part, each beside what the card itself gives in the same run.
+
+Every part runs in a process of its own, so that one that fails, hangs or breaks the device costs
+only itself. It prints one JSON line and appends it to results/gpu.jsonl, with the card, torch's
+version and the commit. Inside a part every measurement stands alone too: an error takes its place.
+With `--device cpu` every part runs on tiny shapes in this process, to try the lines themselves.
+"""
+
+import gc
+import io
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+import bench
+import tiny
+import train
+from bupo import backward, forward_flops, stored_logprobs
+from cli import natural
+from grpo import Response
+from model import Config, Transformer, compile_blocks, flash, has_flash, one_line, save
+from optimizer import SplitAdamW
+from rollout import Sampler
+
+ROOT = Path(__file__).resolve().parent
+BF16, F32 = torch.bfloat16, torch.float32
+TINY = Config("qwen3", 300, 64, 2, 4, 2, 16, 96, tied=True)
+N_VOCAB = 151669  # ids that Qwen3's tokenizer uses, of the 151,936 rows of its embedding
+
+
+# --------------------------------------------------------------------------------------------------
+# what the parts share: models, responses, clocks
+
+
+def shapes(device):
+    """The shapes to measure: the smallest preset and that of the headline run."""
+    if device.type == "cpu":
+        return {"tiny": TINY}
+    return {like: bench.shape(like) for like in ("qwen3-0.6b", "qwen3-4b")}
+
+
+def trainable(config, device, seed=0):
+    """A model as it is trained on a GPU: bfloat16 weights, gradients that add up in float32."""
+    model = bench.empty(config, BF16, device).init_weights(seed, std=0.8 * config.d_model**-0.5)
+    for p in model.parameters():
+        p.grad_dtype = F32
+    return model
+
+
+def responses(config, lengths, seed=0):
+    """Responses of these lengths, an eighth of each its prompt, half of them to be avoided."""
+    rows = []
+    for i, ids in enumerate(bench.random_prompts(config, lengths, seed)):
+        cut = max(1, len(ids) // 8)
+        rows.append(Response(ids[:cut], ids[cut:], [0.0] * (len(ids) - cut), (-1.0) ** i))
+    return rows
+
+
+def gradient(model, rows, micro_tokens):
+    """The gradient of one mini-batch at the model's own policy, accumulated into .grad."""
+    used = min(N_VOCAB, model.config.vocab_size)
+    backward(model, rows, model.config.n_layers, micro_tokens, n_vocab=used)
+
+
+def split_adamw(model, kind):
+    moment = F32 if kind == "split-m32" else torch.float16
+    return SplitAdamW(model.parameters(), moment_dtype=moment)
+
+
+def flat(tensors):
+    return torch.cat([t.detach().float().flatten() for t in tensors])
+
+
+def distance(a, b):
+    """Length of a - b as a share of b's."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+def milliseconds(device, f, repeats=20):
+    """Mean of some calls enqueued together, after one that warms up."""
+    f()
+    repeats = 1 if device.type == "cpu" else repeats
+
+    def several():
+        for _ in range(repeats):
+            f()
+
+    return 1e3 * bench.timed(device, several)[0] / repeats
+
+
+def recorded_milliseconds(device, f, repeats=20):
+    """The same from a CUDA graph, for kernels shorter than the host takes to launch one."""
+    if device.type == "cpu":
+        return milliseconds(device, f)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        f()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            f()
+    return milliseconds(device, graph.replay, 3) / repeats
+
+
+def command(argv, seconds):
+    """A command's exit code and the end of what it printed."""
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=seconds, cwd=ROOT)
+    except subprocess.TimeoutExpired as e:
+        return {"error": f"not done after {seconds:.0f} s", "tail": str(e.stdout or "")[-2000:]}
+    out = {"tail": (done.stdout + done.stderr)[-3000:]}
+    return {"error": f"exit code {done.returncode}", **out} if done.returncode else out
+
+
+# --------------------------------------------------------------------------------------------------
+# right or wrong
+
+
+def tests(device, left):
+    """Kernels, recorded steps, sampler against trainer: tests/test_gpu.py without what compiles."""
+    chosen = ["-k", "not True and not default_run"] if device.type == "cuda" else ["--version"]
+    argv = [sys.executable, "-m", "pytest", "-q", "--tb=short", "tests/test_gpu.py", *chosen]
+    yield "pytest", lambda: command([*argv, "-p", "no:cacheprovider"], left())
+
+
+def weights(device, left):
+    """Does every update of a step see the weights that the one before it made?"""
+    yield "several_updates", partial(several_updates, device)
+
+
+def several_updates(device):
+    """Four updates in one step against the same four made in steps of their own.
+
+    The difference as a share of the way the weights went: 0 but for the order of atomic additions.
+    Weights cached over a step show as 0.3 of the blocks' way at this learning rate.
+    """
+    config = Config("qwen3", 512, 128, 4, 4, 2, 32, 256, tied=True)
+    ended = []
+    for together in (True, False):
+        run, optimizer = trainer(config, device, mini_prompts=2, lr=1e-3)
+        rows, layer = responses(config, [40] * 16), config.n_layers
+        groups = [rows[i : i + 2] for i in range(0, len(rows), 2)]
+        start = flat(run.model.blocks.parameters())
+        if together:
+            train.update(run, optimizer, groups, layer)
+        else:  # against the policy before the first of them, as in one step
+            stored = stored_logprobs(run.model, rows, layer, run.args.micro_tokens, **run.policy())
+            for r, logprobs in zip(rows, stored, strict=True):
+                r.old_logprobs = logprobs
+            for i in range(0, len(groups), 2):
+                train.update(run, optimizer, groups[i : i + 2], layer)
+        ended.append(flat(run.model.blocks.parameters()))
+    return {"apart_over_way": ((ended[0] - ended[1]).norm() / (ended[1] - start).norm()).item()}
+
+
+def trainer(config, device, **settings):
+    """A train.Run of a small random model, without data, and its optimizer."""
+    args = train.parse(["--model", "tiny", "--device", device.type, "--optimizer", "split-m32"])
+    for name, value in settings.items():
+        setattr(args, name, value)
+    model = trainable(config, device)
+    stand_in, sampler = SimpleNamespace(n_vocab=config.vocab_size), SimpleNamespace(model=model)
+    run = train.Run(args, model, stand_in, sampler, [], [], 0, "")
+    return run, train.make_optimizer(model, args)
+
+
+def split(device, left):
+    """Does the gradient depend on how a mini-batch is cut into micro-batches?"""
+    config = next(iter(shapes(device).values()))
+    model, longest = trainable(config, device), 64 if device.type == "cpu" else 512
+    rows, whole = responses(config, [longest - 5 * i for i in range(8)]), []
+    for parts in (1, 2, 8):
+
+        def apart(parts=parts):
+            model.zero_grad()
+            gradient(model, rows, 8 * longest // parts)
+            grad = flat(p.grad for p in model.parameters())
+            whole.append(grad)
+            return distance(grad, whole[0])
+
+        yield f"{parts} micro-batches", apart
+
+
+# --------------------------------------------------------------------------------------------------
+# speed of the pieces
+
+
+def head(device, left):
+    """Products with the unembedding, ms: logits, their gradient to states, and to the weights."""
+    small = device.type == "cpu"
+    n, D, V, used = (8, 64, 304, 299) if small else (256, 2560, 151936, N_VOCAB)
+    kinds = ("float32", F32, False), ("tf32", F32, True), ("bf16", BF16, True)
+    for columns in (V, used):
+        for name, dtype, fast in kinds:
+            for product, f in head_products(device, n, D, columns, dtype):
+                yield f"{name} {columns} {product}", partial(in_tf32, fast, device, f)
+
+
+def head_products(device, n, D, columns, dtype):
+    """(name, function) of each product; of bfloat16 to float32 where the device has that."""
+    h, dz = (torch.randn(n, size, device=device, dtype=dtype) for size in (D, columns))
+    E = torch.randn(columns, D, device=device, dtype=dtype)
+    dE = torch.zeros(columns, D, device=device)
+    half = {"out_dtype": F32} if dtype == BF16 and device.type == "cuda" else {}
+    yield "logits", lambda: torch.mm(h, E.t(), **half)
+    yield "to states", lambda: dz @ E
+    yield "to weights", lambda: dE.addmm_(dz.t().float(), h.float())
+    if half:
+        yield "to weights, out_dtype", lambda: torch.addmm(dE, dz.t(), h, **half)
+        yield "to weights, in place", lambda: torch.addmm(dE, dz.t(), h, **half, out=dE)
+
+
+def in_tf32(on, device, f):
+    """Milliseconds of f, its float32 products in TF32 or not."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if on else "highest")
+    try:
+        return milliseconds(device, f)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def attention(device, left):
+    """Decode attention of 64 rows: GB/s of live keys and values, by lengths and by splits."""
+    B, S, H, K, E = (4, 33, 4, 2, 16) if device.type == "cpu" else (64, 8193, 32, 8, 128)
+    if not has_flash(device, BF16, E):
+        yield "kernel", lambda: "FlashAttention does not run here"
+        return
+    q = torch.randn(B, H, E, device=device, dtype=BF16)
+    k, v = (torch.randn(B * S, K, E, device=device, dtype=BF16) for _ in "kv")
+    starts = torch.arange(B + 1, device=device, dtype=torch.int32)
+    spread = torch.rand(B, generator=torch.Generator().manual_seed(0)) ** 2.5
+    tail = torch.ones(B)
+    tail[:3] = 0.85 * S
+    cases = {"uniform": torch.full((B,), S / 8), "ragged": 1 + spread * (S - 2), "tail of 3": tail}
+    for name, lengths in cases.items():
+        used = lengths.to(device, torch.int32)
+        call = partial(flash, q, k, v, starts, starts * S, 1, S, used)
+        yield name, partial(attention_speed, device, call, used, K, E)
+        if not takes_splits():
+            continue
+        for n in (1, 2, 4, 8, 16):
+            each = partial(with_splits, n, q, k, v, starts, starts * S, S, used)
+            yield f"{name}, {n} splits", partial(attention_speed, device, each, used, K, E, call)
+
+
+def takes_splits():
+    """Whether torch's operator takes a number of splits; without one the kernel chooses."""
+    arguments = torch.ops.aten._flash_attention_forward.default._schema.arguments
+    return any(a.name == "num_splits" for a in arguments)
+
+
+def with_splits(n, q, k, v, q_starts, k_starts, S, used):
+    operator = torch.ops.aten._flash_attention_forward
+    args = q, k, v, q_starts, k_starts, 1, S, 0.0, False, False
+    return operator(*args, seqused_k=used, num_splits=n)[0]
+
+
+@torch.no_grad()
+def attention_speed(device, call, used, K, E, same_as=None):
+    ms = recorded_milliseconds(device, call)
+    out = {"ms": ms, "GB_s": 2 * int(used.sum()) * K * E * 2 / ms / 1e6}
+    if same_as:
+        out["apart"] = (call() - same_as()).abs().max().item()
+    return out
+
+
+def decode(device, left):
+    """Whole decode steps at 1,024 tokens a row, as a share of the card's copy bandwidth."""
+    small = device.type == "cpu"
+    copy = bench.copy_speed(device, 4 if small else 1024)
+    yield "copy_GB_s", lambda: copy / 1e9
+    for compiled in (False,) if small else (False, True):
+        for batch in (2,) if small else (64, 1, 256):
+            for like, config in shapes(device).items():
+                name = f"{like} B={batch}{' compiled' if compiled else ''}"
+                yield name, partial(decode_speed, config, device, batch, compiled, copy)
+
+
+def decode_speed(config, device, batch, compiled, copy):
+    """One prompt, sampled `batch` times, so that the prefill costs no time of the measurement's."""
+    context, steps = (16, 8) if device.type == "cpu" else (1024, 64)
+    model = trainable(config, device)
+    sampler = Sampler(model, batch, context + steps, compile=compiled)
+    prompts = bench.random_prompts(config, [context - steps // 2], 0)
+    first = bench.timed(device, lambda: sampler.generate(prompts, batch, 2))[0]
+    sampler.generate(prompts, batch, steps)
+    seconds = sampler.stats["decode_seconds"] / sampler.stats["steps"]
+    weights, kv = bench.step_bytes(config, 2)
+    speed = (weights + kv * batch * context) / seconds
+    out = {"ms_step": 1e3 * seconds, "tok_s": batch / seconds, "GB_s": speed / 1e9}
+    sampler.stop()
+    return {**out, "share_of_copy": speed / copy, "first_call_s": first}
+
+
+# --------------------------------------------------------------------------------------------------
+# speed of training
+
+
+def update(device, left):
+    """Forward and backward of one micro-batch as the trainer does them; MFU is the share of a
+    matrix product's speed in the same run, by the operations of the model, recomputed ones not."""
+    rate = bench.matmul_speed(device, BF16)
+    yield "matmul_tflop_s", lambda: rate / 1e12
+    for like, config in shapes(device).items():
+        for compiled in (False,) if device.type == "cpu" else (False, True):
+            for recompute in (False, True):
+                name = like + " compiled" * compiled + " recompute" * recompute
+                yield name, partial(update_speed, config, device, recompute, compiled, rate)
+
+
+def update_speed(config, device, recompute, compiled, rate):
+    """Eight responses of 2,048 tokens; four where the activations of all of them are kept at 4B."""
+    model = trainable(config, device)
+    model.recompute = recompute
+    if compiled:
+        compile_blocks(model)
+    longest = 32 if device.type == "cpu" else 2048
+    count = 4 if config.d_model > 2048 and not recompute else 8
+    rows = responses(config, [longest] * count)
+
+    def once():
+        gradient(model, rows, count * longest)
+        model.zero_grad()
+
+    once()  # compiles
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = min(bench.timed(device, once)[0] for _ in range(3))
+    speed = 3 * forward_flops(model, rows, config.n_layers) / seconds
+    out = {"tokens": count * longest, "ms": 1e3 * seconds, "tflop_s": speed / 1e12}
+    return {**out, "mfu": speed / rate, "peak_GB": train.peak_gb(model)}
+
+
+def optimizer(device, left):
+    """One optimizer step of the smaller shape, and what moving its state to the host costs (ms)."""
+    config = next(iter(shapes(device).values()))
+    for kind in ("split-m32", "split"):
+        yield kind, partial(optimizer_speed, config, device, kind)
+
+
+def optimizer_speed(config, device, kind):
+    model = trainable(config, device)
+    made = split_adamw(model, kind)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, device=device)
+    parameters = sum(p.numel() for p in model.parameters())
+    step = milliseconds(device, made.step, 5)
+    made.to_host()  # pins memory, which is slow once
+    made.to_device()
+    away, back = (1e3 * bench.timed(device, f)[0] for f in (made.to_host, made.to_device))
+    times = {"step": step, "ns_per_parameter": 1e6 * step / parameters}
+    return {**times, "to host": away, "to device": back}
+
+
+def profile(device, left):
+    """The kernels that take most time: [name, calls, ms]."""
+    config = next(iter(shapes(device).values()))
+    model, small = trainable(config, device), device.type == "cpu"
+    batch, longest, steps = (2, 16, 4) if small else (64, 1024, 16)
+    sampler = Sampler(model, batch, longest + 20)
+    prompts, rows = bench.random_prompts(config, [longest], 0), responses(config, [longest] * 8)
+    sampler.generate(prompts, batch, 2)
+    decoding = partial(sampler.generate, prompts, batch, steps)
+    yield f"{steps} decode steps", lambda: top(device, decoding)
+    sampler.stop()
+    training = partial(gradient, model, rows, 8 * longest)
+    training()
+    yield "update", lambda: top(device, training)
+
+
+def top(device, f, most=15):
+    kind = torch.profiler.ProfilerActivity
+    activity, field = (kind.CPU, "cpu") if device.type == "cpu" else (kind.CUDA, "device")
+    with torch.profiler.profile(activities=[activity]) as seen:
+        f()
+    field = f"self_{field}_time_total"
+    events = sorted(seen.key_averages(), key=lambda e: -getattr(e, field))[:most]
+    return [[e.key[:90], e.count, getattr(e, field) / 1e3] for e in events]
+
+
+# --------------------------------------------------------------------------------------------------
+# whole runs
+
+
+def runs(device, left):
+    """train.py from start to checkpoint on a small random model: by its defaults, and sparingly."""
+    sparing = ["--optimizer", "split", "--offload", "--recompute"]
+    if device.type == "cuda":
+        yield "default", partial(small_run, device, [])
+    yield "sparing", partial(small_run, device, sparing)
+
+
+def small_run(device, more):
+    """Two steps, one of them internal, in which length is all that is rewarded: a random model
+    never answers right. Returns what the last row of metrics.jsonl says."""
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        model, out = Path(folder, "model"), Path(folder, "run")
+        tiny.write_tokenizer(model)
+        weights = Transformer(tiny.CONFIG).init_weights(0, 0.05)
+        weights.embed.weight.data[tiny.END] *= 4  # so that about half of the responses end
+        save(weights, model, tokenizer_from=model)
+        flags = {"data": "tiny", "system": "", "bupo-layer": 3, "bupo-steps": 1, "steps": 2}
+        flags |= {"prompts": 2, "group": 8, "mini-prompts": 1, "slots": 16, "lr": 1e-4}
+        flags |= {"max-prompt-tokens": 32, "max-new-tokens": 48}
+        flags |= {"overlong": "soft", "overlong-buffer": 47}
+        argv = [f"--{flag}={value}" for flag, value in flags.items()]
+        argv += [f"--model={model}", f"--out={out}", f"--device={device.type}"]
+        train.main([*argv, *more])
+        row = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+        if not (out / "step_000002" / "MANIFEST.json").exists():
+            raise FileNotFoundError("the run has left no checkpoint")
+    keys = ("updates", "grad_norm", "sampler_diff/mean", "sampler_diff/max", "perf/peak_gb")
+    return {key: row[key] for key in keys if key in row}
+
+
+# --------------------------------------------------------------------------------------------------
+# the session
+
+# name: the part, and the seconds it may take at most
+PARTS = {
+    "tests": (tests, 110),
+    "weights": (weights, 40),
+    "split": (split, 40),
+    "head": (head, 40),
+    "attention": (attention, 40),
+    "decode": (decode, 150),
+    "update": (update, 120),
+    "optimizer": (optimizer, 40),
+    "profile": (profile, 40),
+    "runs": (runs, 80),
+}
+LEAST, START = 40, 20  # seconds: no part is started with less; what it does not measure in
+
+
+def describe(device):
+    """What a figure must not be read without."""
+    card = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    versions = {"torch": torch.__version__, "cuda": torch.version.cuda}
+    return {"card": card, **versions, "commit": train.commit(), "date": time.strftime("%Y-%m-%d")}
+
+
+def rounded(x):
+    """Four digits of every number are enough."""
+    if isinstance(x, dict):
+        return {key: rounded(value) for key, value in x.items()}
+    if isinstance(x, list):
+        return [rounded(value) for value in x]
+    return float(f"{x:.4g}") if isinstance(x, float) else x
+
+
+def failure(e):
+    return {"error": f"{type(e).__name__}: {one_line([str(e)]):.600}"}
+
+
+def late(signum, frame):
+    raise TimeoutError("the part's time is up")
+
+
+def measure(name, device, seconds):
+    """All measurements of a part that its time allows, as one row. Nothing in it is raised.
+
+    A measurement under way when the time is up is broken off, so that those before it are kept.
+    """
+    begin, row = time.perf_counter(), {"part": name}
+
+    def left():
+        return seconds - (time.perf_counter() - begin)
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.01))
+    try:
+        row |= describe(device)
+        for label, f in PARTS[name][0](device, left):
+            if left() <= 0:
+                row.setdefault("left_out", []).append(label)
+                continue
+            try:
+                row[label] = rounded(f())
+            except Exception as e:
+                row[label] = failure(e)
+            print(f"  {label}: {json.dumps(row[label])}", file=sys.stderr, flush=True)
+            if device.type == "cuda":
+                gc.collect()
+                torch.cuda.empty_cache()
+    except Exception as e:
+        row |= failure(e)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    return row | {"seconds": round(time.perf_counter() - begin, 1)}
+
+
+def write(row, out):
+    line = json.dumps(row)
+    print(line, flush=True)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(out, "a", encoding="utf-8") as f:
+            f.write(line + "\n")
+
+
+def apart(name, seconds, out):
+    """A part in a process of its own; its row is written by it, or here if it could not."""
+    limit = min(PARTS[name][1], seconds)
+    argv = [sys.executable, str(ROOT / "bench.py"), "gpu", "--parts", name]
+    argv += ["--seconds", str(int(limit - START)), "--out", str(out)]
+    try:
+        code = subprocess.run(argv, timeout=limit).returncode
+        why = f"ended with exit code {code}" if code else None
+    except subprocess.TimeoutExpired:
+        why = f"killed after {limit:.0f} s"
+    if why:
+        write({"part": name, "commit": train.commit(), "error": why}, out)
+
+
+def gpu(args):
+    """What to run first on a GPU: correctness, then speed; one JSON line a part."""
+    begin, device = time.perf_counter(), torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no GPU here: --device cpu tries every part on tiny shapes")
+    if wrong := set(args.parts or ()) - {*PARTS}:
+        raise ValueError(f"--parts: {', '.join(wrong)}: no such part; there are {', '.join(PARTS)}")
+    out = args.out or (ROOT / "results" / "gpu.jsonl" if device.type == "cuda" else None)
+    for name in args.parts or PARTS:
+        left = args.seconds - (time.perf_counter() - begin)
+        if device.type == "cpu" or args.parts:
+            write(measure(name, device, left), out)
+        elif left > LEAST:
+            apart(name, left, out.resolve())
+        else:
+            write({"part": name, "skipped": "no time left"}, out)
+
+
+def add_parser(sub):
+    """The command's flags, for bench.py."""
+    text = "what to run first on a GPU"
+    q = sub.add_parser("gpu", help=text, description=__doc__, allow_abbrev=False)
+    q.set_defaults(run=gpu)
+    q.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(default cuda)")
+    q.add_argument("--seconds", type=natural, default=600, help="for all parts (default 600)")
+    q.add_argument("--parts", type=lambda text: text.split(","), help="only these, in this process")
+    q.add_argument("--out", type=Path, help="file of rows (default on a GPU results/gpu.jsonl)")
