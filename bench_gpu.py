@@ -173,6 +173,7 @@ def trainer(config, device, **settings):
     args = train.parse(["--model", "tiny", "--device", device.type, "--optimizer", "split-m32"])
     for name, value in settings.items():
         setattr(args, name, value)
+    train.settle(args, config, device.type)
     model = trainable(config, device)
     stand_in, sampler = SimpleNamespace(n_vocab=config.vocab_size), SimpleNamespace(model=model)
     run = train.Run(args, model, stand_in, sampler, [], [], 0, "")

@@ -4,6 +4,8 @@ They are those of the presets' config.json files; variants (-base, -instruct) sh
 their size.
 """
 
+from dataclasses import replace
+
 from model import HUB, Config
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -63,4 +65,4 @@ def shape(name: str) -> Config:
     size = preset.removesuffix("-base").removesuffix("-instruct")
     if size not in SHAPES:
         raise ValueError(f"{name}: no such shape; there are {', '.join(SHAPES)}")
-    return SHAPES[size]
+    return replace(SHAPES[size])  # a copy: callers change its depth

@@ -20,6 +20,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -39,10 +40,11 @@ from cli import guarded, natural, no_memory, pick_device, short_name
 from data import DataError, batch, fingerprint, load_problems, unverifiable
 from eval import answer, avg_at_k, encode_prompts
 from grpo import Response, collate, group_advantages, overlong_penalty
-from model import Config, Transformer, compile_blocks, compile_errors, load, one_line, plain_blocks, read_json, resolve
+from model import HUB, Config, Transformer, compile_blocks, compile_errors, load, one_line, plain_blocks, read_json, resolve
 from optimizer import BYTES, SplitAdamW
-from plan import memory_plan, show_plan
+from plan import CONTEXT, choose, default_new_tokens, host_bytes, memory_plan, parameters, show_plan, table
 from rollout import Sampler, fold
+from shapes import shape
 from signals import Signals, Stopped
 from tokenizer import SYSTEM, Tokenizer
 
@@ -52,6 +54,17 @@ MATHS = ("model", "data_sha256", "bupo_layer", "bupo_steps", "internal_norm", "p
          "temperature", "max_new_tokens", "max_prompt_tokens", "system", "thinking", "format", "verifier", "optimizer", "dtype", "seed")
 # what stands for a value that follows from the model or the machine
 LATE = {("max_new_tokens", None), ("bupo_layer", "auto"), ("optimizer", None), ("dtype", None)}
+
+
+def sizes(text):
+    """argparse type: gigabytes, one number or several with commas."""
+    try:
+        out = [float(part) for part in text.split(",")]
+    except ValueError:
+        out = [0.0]
+    if not all(0 < gb < 1e6 for gb in out):
+        raise argparse.ArgumentTypeError(f"{text!r}: give gigabytes, as 80 or 24,48,80")
+    return out
 
 
 def parser():
@@ -137,7 +150,7 @@ def parser():
     add("--device", "auto", "auto, cpu, cuda")
     add("--replicas", 1, "with torchrun: machines that hold a full set of weight shards each; 1: one set over all", type=natural)
     add("--dry-run", False, "show plan, first prompt and memory, then stop; needs neither weights nor a GPU", action="store_true")
-    add("--memory", None, "with --dry-run: plan for a GPU of this many GB, or for several as 24,48,80", type=str)
+    add("--memory", None, "with --dry-run: plan for a GPU of this many GB, or for several as 24,48,80", type=sizes)
     add("--fresh", False, "start anew; refuses a folder that holds a run unless --overwrite", action="store_true")
     add("--overwrite", False, "with --fresh: delete the run that is there", action="store_true")
     add("--override", False, "resume although settings that change the numbers differ", action="store_true")
@@ -241,15 +254,26 @@ def check_folder(args, now, keys):
                          "or add --override")
 
 
+def find_model(args):
+    """Shape and folder of --model. The folder is None where nothing is read from one: of the embedded default, and of a preset
+    in a dry run, which knows its shape and downloads nothing."""
+    if args.model == "tiny":
+        return tiny.CONFIG, None
+    if args.dry_run and not Path(args.model).is_dir() and args.model.lower() in HUB:
+        return shape(args.model), None
+    folder = resolve(args.model)
+    return Config.from_hf(read_json(folder / "config.json")), folder
+
+
 def settle(args, config, device):
-    """Fill in the flags that follow from the model and the machine. What an earlier part of the run settled stays."""
+    """Fill in the flags that follow from the model and the kind of machine. What an earlier part of the run settled stays."""
     on_gpu, out = device == "cuda", args.out
     if any(out.glob("step_*")) and not args.fresh and (out / "config.json").exists():
         saved = read_json(out / "config.json")
         args.dtype = args.dtype or saved.get("dtype")
         args.optimizer = args.optimizer or saved.get("optimizer")
     if args.max_new_tokens is None:
-        args.max_new_tokens = 3072 if config.family == "llama" else 7168
+        args.max_new_tokens = default_new_tokens(config, args.max_prompt_tokens)
     if args.max_prompt_tokens + args.max_new_tokens > config.max_len:
         raise ValueError(f"--max-prompt-tokens {args.max_prompt_tokens} + --max-new-tokens {args.max_new_tokens} exceed the "
                          f"{config.max_len} tokens this model was made for: lower one of them")
@@ -259,28 +283,59 @@ def settle(args, config, device):
         args.compile = on_gpu
     if args.logit_chunk is None:
         args.logit_chunk = 1024 if on_gpu else 256
-    if args.optimizer is None and (args.dtype == "float32" or parallel.world() > 1):
+    if parallel.world() > 1 and args.optimizer is None:
         args.optimizer = "adamw"
-    defaults = dict(optimizer="split-m32", slots=64, micro_tokens=16384, recompute=False, offload=False)
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+
+
+def settle_memory(args, config, device, memory, host):
+    """Fill in the flags that follow from the memory there is; returns (flag, value, reason) of each.
+
+    memory, host  bytes of a GPU that are free, and of the machine around it; of no meaning on a CPU
+    """
+    chosen = parallel.on_first(choose, config, args, memory, host, device == "cuda", parallel.world())
+    for name, value, _ in chosen:
+        setattr(args, name, value)
+    return chosen
+
+
+def free_memory(device) -> float:
+    """Bytes for this run: of a GPU what other programs leave, else what the machine has."""
+    if device != "cuda":
+        return host_bytes()
+    return torch.cuda.mem_get_info()[0] + CONTEXT      # our own context is there by now, and in the plan
+
+
+def load_data(args):
+    """(problems to train on, held-out problems or [])."""
+    tests = []
+    problems = tiny.problems(4096, args.seed) if args.data == "tiny" else load_problems(args.data, max_bad=0.01)
+    if args.eval_data == "tiny":
+        tests = tiny.problems(args.eval_limit, 0, held_out=True)
+    elif args.eval_data:
+        tests = load_problems(args.eval_data, limit=args.eval_limit)
+    if len(bad := unverifiable(problems)) > len(problems) // 100:
+        raise DataError(f"{args.data}: {len(bad)} of {len(problems)} gold answers do not verify against themselves "
+                        f"(first: {bad[0].answer!r:.60}); their reward would always be 0")
+    return problems, tests
+
+
+def check_settings(args):
+    """Refuse settings that differ from those of the run in the folder, as far as they are known before anything is read."""
+    check_folder(args, settings(args), [k for k in MATHS if k in vars(args) and (k, getattr(args, k)) not in LATE])
 
 
 def open_run(args) -> Run:
     """Find the model, read the data, load the model, and before these refuse what can be refused without them."""
-    if args.model == "tiny" or not args.dry_run:      # what follows from the model or the data is compared when it is known: see `resume`
-        check_folder(args, settings(args), [k for k in MATHS if k in vars(args) and (k, getattr(args, k)) not in LATE])
+    check_settings(args)
     # products as small as the embedded default's only lose from a second thread, and one thread makes runs repeat bit for bit
     if args.model == "tiny": torch.set_num_threads(1)
-    device, folder, tests = pick_device(args.device), None if args.model == "tiny" else resolve(args.model), []
-    problems = tiny.problems(4096, args.seed) if args.data == "tiny" else load_problems(args.data, max_bad=0.01)
-    if args.eval_data == "tiny": tests = tiny.problems(args.eval_limit, 0, held_out=True)
-    elif args.eval_data: tests = load_problems(args.eval_data, limit=args.eval_limit)
-    if len(bad := unverifiable(problems)) > len(problems) // 100:
-        raise DataError(f"{args.data}: {len(bad)} of {len(problems)} gold answers do not verify against themselves "
-                        f"(first: {bad[0].answer!r:.60}); their reward would always be 0")
-    settle(args, Config.from_hf(read_json(folder / "config.json")) if folder else tiny.CONFIG, device)
+    device = pick_device(args.device)
+    config, folder = find_model(args)
+    schedule = None if args.bupo_layer == "auto" else Schedule.parse(args.bupo_layer, args.bupo_steps, config.n_layers)
+    memory = free_memory(device)
+    settle(args, config, device)
+    chosen = settle_memory(args, config, device, memory, host_bytes())
+    problems, tests = load_data(args)
     model = load(folder or parallel.on_first(tiny.warm_up, args.out / "warm-up", args.seed), master_dtype(args), device)
     if device == "cuda" and args.dtype == "bfloat16":
         torch.set_float32_matmul_precision("high")      # TF32 for what is left in float32, beside weights of 8 bits it loses nothing
@@ -293,7 +348,61 @@ def open_run(args) -> Run:
     compute, longest = getattr(torch, args.dtype), args.max_prompt_tokens + args.max_new_tokens
     model = parallel.shard(model, args.replicas, compute)
     sampler = Sampler(parallel.sampling_copy(model, compute), args.slots, longest, args.compile)
-    return Run(args, model, tokenizer, sampler, prompts, tests, dropped, fingerprint(problems))
+    run = Run(args, model, tokenizer, sampler, prompts, tests, dropped, fingerprint(problems), schedule)
+    if schedule is None:
+        run.schedule = choose_schedule(run)
+    show_run(args, config, run.schedule, device)
+    show_plan(config, args, chosen, memory, device == "cuda")
+    show_prompts(run.tokenizer, prompts, dropped)
+    return run
+
+
+def dry_run(args):
+    """Say what a run would do and take, and show its first prompt where model and data are at hand. Loads no weights, downloads no
+    model and writes nothing."""
+    check_settings(args)
+    config, folder = find_model(args)
+    memories = args.memory or []
+    device = "cuda" if memories else pick_device(args.device)
+    settle(args, config, device)
+    if len(memories) > 1:
+        print(table({args.model: config}, memories, args))
+        return
+    memory, host = (memories[0] * 1e9, float("inf")) if memories else (free_memory(device), host_bytes())
+    chosen = settle_memory(args, config, device, memory, host)
+    schedule = None
+    if args.bupo_layer != "auto":
+        schedule = Schedule.parse(args.bupo_layer, args.bupo_steps, config.n_layers)
+    show_run(args, config, schedule, device)
+    show_plan(config, args, chosen, memory, device == "cuda")
+    if args.model == "tiny":
+        with tempfile.TemporaryDirectory() as scratch:
+            tiny.write_tokenizer(Path(scratch))
+            tokenizer = tokenizers.load(scratch, args.format)
+    elif folder:
+        tokenizer = tokenizers.load(folder, args.format)
+    else:
+        return
+    prompts, dropped = encode_prompts(tokenizer, load_data(args)[0], args.max_prompt_tokens, args.system, args.thinking)
+    show_prompts(tokenizer, prompts, dropped)
+
+
+def show_run(args, config, schedule, device):
+    """What will be trained, and how."""
+    print(f"{args.model}: {parameters(config) / 1e6:,.1f} M parameters, {config.n_layers} layers, V = {config.vocab_size:,}, "
+          f"{args.dtype} with {args.optimizer} on {device}{', compiled' if args.compile else ''}")
+    print(f"{schedule or 'bupo layer auto, then grpo'}; {args.steps} steps x {args.prompts} problems x {args.group} responses, "
+          f"{-(-args.prompts // args.mini_prompts)} updates a step")
+    for layer, _ in schedule.phases if schedule else ():
+        print(f"layer {layer} is hidden_states[{layer}] in transformers and blocks.{layer - 1}.hook_resid_post in TransformerLens")
+
+
+def show_prompts(tokenizer, prompts, dropped):
+    """How many there are, and the first one decoded."""
+    print(f"{len(prompts):,} problems" + (f" ({dropped} more dropped: prompt too long)" if dropped else "")
+          + f"; prompt format {tokenizer.format}, stop ids {list(tokenizer.stop_ids)}, {tokenizer.n_vocab:,} ids in use")
+    print("the value of the loss says nothing (it is about -mean(length x advantage) / mean(length)): watch the reward")
+    print(f"first prompt:\n{tokenizer.decode(prompts[0][1])}", flush=True)
 
 
 def master_dtype(args):
@@ -302,14 +411,13 @@ def master_dtype(args):
 
 
 def choose_schedule(run) -> Schedule:
-    """--bupo-layer and --bupo-steps; `auto` is the paper's rule, measured on responses to the first prompts."""
+    """`--bupo-layer auto`: the paper's rule, measured on responses to the first prompts."""
     args = run.args
-    if args.bupo_layer == "auto":
-        groups = run.respond(run.prompts[:8], 1, 0)
-        sequences = [(a.prompt + a.sample.ids, len(a.prompt)) for group in groups for a in group]
-        layer, evidence = parallel.on_first(decompose.auto_layer, run.sampler.model, sequences)
-        print(f"--bupo-layer auto: layer {layer} ({evidence})")
-        args.bupo_layer = str(layer)
+    groups = run.respond(run.prompts[:8], 1, 0)
+    sequences = [(a.prompt + a.sample.ids, len(a.prompt)) for group in groups for a in group]
+    layer, evidence = parallel.on_first(decompose.auto_layer, run.sampler.model, sequences)
+    print(f"--bupo-layer auto: layer {layer} ({evidence})")
+    args.bupo_layer = str(layer)
     return Schedule.parse(args.bupo_layer, args.bupo_steps, run.model.config.n_layers)
 
 
@@ -361,7 +469,8 @@ def rehearse(run, optimizer):
     args, model = run.args, run.model
     size = 0
     if not optimizer.state and not args.offload:      # moments come with the first update
-        size = int(1e9 * memory_plan(model.config, args, model.unembedding.is_cuda)["optimizer state"])
+        plan = memory_plan(model.config, args, model.unembedding.is_cuda)
+        size = int(1e9 * plan.moments["training"]["optimizer state"])
     held = torch.empty(size, dtype=torch.uint8, device=model.unembedding.device)
     run.sampler.start()
     run.sampler.stop()
@@ -665,11 +774,11 @@ def train(run, optimizer, start, setup_seconds):
 def main(argv=None):
     args, began = parse(argv), time.time()
     torch.manual_seed(args.seed)     # nothing draws from torch's own generator; its state is part of a checkpoint all the same
-    with nullcontext() if args.dry_run or parallel.rank() else checkpoint.lock(args.out):
+    if args.dry_run:
+        dry_run(args)
+        return
+    with nullcontext() if parallel.rank() else checkpoint.lock(args.out):
         run = open_run(args)
-        run.schedule = choose_schedule(run)
-        show_plan(run)
-        if args.dry_run: return
         if args.kl:     # to the starting weights, of a resumed run too
             reference = load(run.model.folder, master_dtype(args), pick_device(args.device)).requires_grad_(False)
             run.reference = parallel.shard(reference, args.replicas, getattr(torch, args.dtype))

@@ -9,6 +9,7 @@ from emulated import flash_kernel
 
 import bench
 import bench_gpu
+import shapes
 from model import Config, Transformer, load
 from rollout import Sampler
 
@@ -17,7 +18,7 @@ TINY = {"tiny": Config("qwen3", 300, 32, 2, 4, 2, 8, 48, tied=True), "tiny-untie
 
 @pytest.fixture(autouse=True)
 def tiny_shapes(monkeypatch):
-    monkeypatch.setattr(bench, "SHAPES", {k: Config(**vars(v)) for k, v in TINY.items()})
+    for module in (bench, shapes): monkeypatch.setattr(module, "SHAPES", dict(TINY))
 
 
 def last_line(capsys):

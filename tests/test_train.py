@@ -1,5 +1,6 @@
 """The loop on a small random model whose reward is a coin tossed by its response: files, resume, phases, refusals."""
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -386,8 +387,32 @@ def test_auto_layer(folder, tmp_path, capsys, monkeypatch):
 def test_dry_run_shows_and_leaves_nothing(folder, tmp_path, capsys):
     train.main(flags(folder, tmp_path / "r", "--dry-run"))
     out = capsys.readouterr().out
-    assert "first prompt:\n0+1" in out and "memory, GB: weights" in out and "bupo layer 1 for 2 steps, then grpo" in out
+    assert "first prompt:\n0+1" in out and "memory, GB, at most" in out and "bupo layer 1 for 2 steps, then grpo" in out
     assert "hidden_states[1]" in out and not (tmp_path / "r").exists()
+
+
+def test_a_dry_run_of_the_embedded_default_makes_no_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--dry-run"])
+    assert "first prompt:\n" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_the_headline_command_is_planned_without_network_gpu_and_weights(tmp_path):
+    """As the issue of a first evening: does it fit my card? One number gives the plan, several a table."""
+    env = {"HF_HUB_OFFLINE": "1", "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+
+    def dry(memory):
+        command = [sys.executable, "train.py", "--model", "qwen3-4b", "--bupo-layer", "30", "--dry-run", "--memory", memory]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=env)
+
+    one, many = dry("80"), dry("16,24,48,80,141")
+    assert one.returncode == many.returncode == 0 and not one.stderr + many.stderr
+    slots = int(re.search(r"--slots (\d+)", one.stdout)[1])
+    assert slots >= 24 and "bupo layer 30 for 30 steps, then grpo" in one.stdout and "--recompute: else" in one.stdout
+    lines = many.stdout.splitlines()
+    assert len(lines) == 7 and max(map(len, lines)) <= 80 and lines[2].startswith("16 ") and "too small" in lines[2]
+    small = dry("20")
+    assert small.returncode == 2 and "20 GB of GPU memory do not do" in small.stderr and small.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("more, change, code, says", [
@@ -459,21 +484,6 @@ def test_fresh_overwrite_starts_anew(folder, tmp_path):
     train.main(flags(folder, out, steps=2))
     train.main(flags(folder, out, "--fresh", "--overwrite", steps=1, seed=5))
     assert [r["step"] for r in rows(out)] == [0, 1] and [p.name for p in out.glob("step_*")] == ["step_000001"]
-
-
-def test_memory_plan_counts_what_backward_keeps():
-    """The activation estimate within 15 % of the bytes autograd really saves."""
-    c = Config("llama", 100, 256, 2, 8, 4, 32, 768, tied=True)
-    model = Transformer(c).init_weights(0)
-    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-
-    def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t
-        return t
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): h = model(torch.zeros(1, 512, dtype=torch.long))
-    real = sum(t.untyped_storage().nbytes() for ptr, t in kept.items() if ptr not in own) / 1e9
-    args = train.parse(["--max-prompt-tokens", "256", "--max-new-tokens", "256", "--micro-tokens", "512"])
-    assert h.shape == (1, 512, 256) and train.memory_plan(c, args, False)["activations (training)"] == pytest.approx(real, rel=0.15)
 
 
 def test_the_headline_command_without_network_is_one_clear_line(tmp_path):
