@@ -495,7 +495,9 @@ def normalise(s):
         s = s.replace(old, new)
     if s.count(r"\text{ ") > 1:
         raise ValueError("two units")
-    s = s.partition(r"\text{ ")[0].replace(r"\\%", "").replace(r"\%", "").replace(" .", " 0.").replace("{.", "{0.")
+    s = s.partition(r"\text{ ")[0]
+    s = s.replace(r"\%", "").replace(r"\%", "")            # twice: of "\\%%" nothing is left
+    s = s.replace(" .", " 0.").replace("{.", "{0.")
     if s[:1] == ".":
         s = "0" + s
     if s.count("=") == 1 and s.index("=") <= 2:

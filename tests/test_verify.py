@@ -267,7 +267,10 @@ def test_nothing_is_executed(tmp_path, monkeypatch):
     "5", False), (r"\boxed{\frac}", r"\frac", True), (r"\boxed{\frac}", r"\frac ", False), (r"\boxed{50\%}", "50", True),
     (r"\boxed{60^\circ}", "60", True), (r"\boxed{5 \text{ cm}}", "5", True), (r"\boxed{5 \text{ cm} \text{ or so}}", "5", False),
     (r"\boxed{5\text{cm}}", "5", False), (r"\boxed{\$5}", "5",
-    True), (r"\boxed{ab = 5}", "5", False), (r"\boxed{.5}", r"\frac{1}{2}", True), (r"\boxed{-1/2}", r"\frac{-1}{2}", True),
+    True), (r"\boxed{5\\\\%}", r"5\\", True), (r"\boxed{5\\\\%}", "5", False),
+    (r"\boxed{5\\\\%%}", "5", True),
+    (r"\boxed{ab = 5}", "5", False), (r"\boxed{.5}", r"\frac{1}{2}", True),
+    (r"\boxed{-1/2}", r"\frac{-1}{2}", True),
         (r"\boxed{01/2}", r"\frac{1}{2}", False)])
 def test_hendrycks(response, gold, right):
     assert hendrycks(response, gold) == right
