@@ -7,8 +7,12 @@ r"""Decide whether the final answer of a response equals the gold answer: string
 
 What counts as right:
  1. Only text after the last </think> counts; an unclosed <think> has no answer.
- 2. The last \boxed or \fbox counts (the innermost if nested). Unclosed or empty, it is no answer: never an earlier one.
- 3. Without a box: the line after ####, <answer>, "answer is" or "answer:", else the last number; in the last 2,000 characters.
+ 2. The last \boxed or \fbox counts (the innermost if nested). Unclosed or empty, it is no answer:
+    never an earlier one. One exception: if the gold answer is a set of n elements and the sentence
+    of the last box holds exactly n boxes joined by commas, "and" or "or", they are that set.
+ 3. Without a box: the line after ####, <answer>, "answer is" or "answer:", else the last number;
+    in the last 2,000 characters. Of a sentence with words, what follows its last "is" counts, or
+    its first mathematics; the last, if the first only names a variable.
  4. There is no tolerance: 0.33 is not 1/3, 3.14 is not pi.
  5. p% equals p and p/100; a bare number never equals a hundred times itself.
  6. Units, $, degree signs, \text{} and trailing words are dropped. Units are never converted; where
@@ -66,8 +70,15 @@ def verify(response, gold):
 
 def grade(response, gold):
     """The `Verdict` on a response: is its answer right, what was it, and why."""
+    gold = str(gold)
     answer = extract(response)
-    reason = "no answer" if answer is None else judge(answer, str(gold))
+    if answer is None:
+        return Verdict(False, None, "no answer")
+    reason = judge(answer, gold)
+    if not reason.startswith("equal"):
+        parts = boxes(response)
+        if len(parts) > 1 and equal_set(parts, gold):
+            return Verdict(True, ", ".join(parts), "equal: set")
     return Verdict(reason.startswith("equal"), answer, reason)
 
 
@@ -79,8 +90,37 @@ def equal(answer, gold):
 # ---------------------------------------------------------------- extraction
 
 CUE = re.compile(r"answer\W{0,8}?(?:is\b|:)[\s:*]*", re.I)
-MATH = re.compile(r"\$+([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
-NUMBER = re.compile(r"(?:(?<![\w)}])-)?(?:\\[dt]?frac\{-?[0-9]+\}\{[0-9]+\}|\.?[0-9](?:,?[0-9])*(?:\.[0-9]+)?(?:/[0-9]+)?)")
+MATH = re.compile(r"\$+((?:[^$\\]|\\.)+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
+NUMBER = re.compile(
+    r"(?:(?<![\w)}])-)?"
+    r"(?:\\[dt]?frac\{-?[0-9]+\}\{[0-9]+\}|\.?[0-9](?:,?[0-9])*(?:\.[0-9]+)?(?:/[0-9]+)?)"
+)
+# a point inside a number does not end a sentence, nor does a line end after "is" or a colon
+SENTENCE_END = re.compile(r"(?<! is)(?<!:)\n|[.!](?=\s|\*|$)|\s+I hope\b")
+ASIDE = re.compile(r",?\s+(?:where|which|since|because)\b")
+IS = re.compile(
+    r"\b(?:is|are|be|equals?)\b[\s:*]*"
+    r"(?:(?:therefore|thus|then|exactly|simply|given by|equal to)[\s:*]+)?"
+    r"(?=[$\\(\[{]|[-+]?\.?[0-9])"
+)
+HEDGED = re.compile(
+    r"\b(?:not|cannot|never|neither|no|at most|at least|below|above)\b|n't"
+    r"|\b(?:less|more|greater|fewer|smaller|larger) than\b",
+    re.I,
+)
+AND = re.compile(r"\s*(?:,\s*and|,\s*or|,|;|and|or)\s*")
+VERB = re.compile(r"\s*(?:[:=]|(?:is|are|equals?|must|can|has|have|will|should|would)\b)")
+BOX = re.compile(r"\\(?:boxed|fbox)")
+FULL_STOP = re.compile(r"[.!?](?=[\s$*)\\]|$)")           # between the boxes of two sentences
+LABEL = re.compile(r"(?<![A-Za-z\\])([A-Za-z](?:_\w|_\{\w+\})?)\s*=[\s$]*$")
+NOT = re.compile(r"\b(?:not|neither|nor|never)[\s$(\\]*$", re.I)
+LINK = re.compile(r"[,;&]|\b(?:and|or)\b")
+# words that take the box before them back, or go on from it to another
+TAKEN_BACK = re.compile(
+    r"\b(?:not?|nor|wait|but|instead|rather|actually|correct\w*|wrong|sorry|mistake|so|thus|hence"
+    r"|therefore|then|after|finally|becomes?|which)\b",
+    re.I,
+)
 
 
 def extract(response):
@@ -88,43 +128,113 @@ def extract(response):
     text = response.rpartition("</think>")[2]
     if "<think>" in text:
         return None
-    start = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"))
+    start = last_command(text, len(text))
     if start >= 0:
-        return unbox(text, start + (6 if text[start + 1] == "b" else 5))
+        return unbox(text, start)[0]
     tail = text[-2000:]
     if "####" in tail:
         found = tail.rpartition("####")[2].strip().partition("\n")[0]
     elif "<answer>" in tail:
         found = tail.rpartition("<answer>")[2].partition("</answer>")[0]
     elif cues := list(CUE.finditer(tail)):
-        found = tail[cues[-1].end():]
-        math_first = MATH.match(found)
-        if math_first:
-            found = next(group for group in math_first.groups() if group)
-        else:                                             # to the end of the sentence; a point inside a number does not end it
-            found = re.split(r"\n|[.!](?=\s|\*|$)", found, maxsplit=1)[0]
-            inside = MATH.search(found)
-            found = next(group for group in inside.groups() if group) if inside else found
+        found = stated(tail[cues[-1].end():])
     else:
         numbers = NUMBER.findall(tail)
         found = numbers[-1] if numbers else ""
     return found.strip(" \t\r\n*$") or None
 
 
+def stated(text):
+    """The answer that stands in the text after a cue (policy 3)."""
+    opening, end = formulas(text)
+    if opening and not (is_variable(opening) and VERB.match(text, end)):
+        return opening
+    sentence = SENTENCE_END.split(text, maxsplit=1)[0]
+    main = ASIDE.split(sentence, maxsplit=1)[0]
+    if re.match(r"[-+]?\.?[0-9]", sentence) or LEAD.match(sentence) or CHOICE.fullmatch(main):
+        return main
+    for part in (main, sentence):
+        verbs = list(IS.finditer(part))
+        if verbs:
+            after = part[verbs[-1].end():]
+            return formulas(after)[0] or after
+    inline = [inside(m) for m in MATH.finditer(sentence)]
+    if not inline or HEDGED.search(sentence):
+        return sentence
+    return inline[-1] if is_variable(inline[0]) else inline[0]
+
+
+def formulas(text):
+    """The formulas at the start of a text, as a list with commas, and where they end."""
+    found, at = [], 0
+    while m := MATH.match(text, at):
+        found.append(inside(m).strip())
+        end = m.end()
+        joint = AND.match(text, end)
+        if not joint:
+            break
+        at = joint.end()
+    return ", ".join(found), end if found else 0
+
+
+def inside(m):
+    """What stands between the delimiters of a match of MATH."""
+    return next(group for group in m.groups() if group)
+
+
+def is_variable(formula):
+    """Whether a formula only names something: n, x_1, f(x), ABC; not a constant."""
+    name = re.sub(r"\s", "", formula)
+    return bool(NAMED.fullmatch(name)) and name not in (r"\pi", "e", "i", r"\infty", r"\emptyset")
+
+
+def last_command(text, end):
+    """Where the last box command before `end` starts, or -1."""
+    return max(text.rfind(r"\boxed", 0, end), text.rfind(r"\fbox", 0, end))
+
+
 def unbox(text, start):
-    """The argument of a box command that ends at `start`: one braced group of up to 4,000 characters, or one word."""
+    """The argument of the box command at `start`, and where it ends: a group of up to 4,000
+    characters, or one word. None for an empty or unclosed one."""
+    start += len(BOX.match(text, start)[0])
     start += len(re.match(r"\s{0,100}", text[start:start + 100])[0])
     if text[start:start + 1] != "{":
         word = re.match(r"[^\s$]{1,200}", text[start:start + 200])
-        return word[0].rstrip(".,;*") or None if word else None
+        return (word[0].rstrip(".,;*") or None, start + word.end()) if word else (None, start)
     depth, at, end = 0, start, min(len(text), start + 4000)
     while at < end:
         c = text[at]
         at += 2 if c == "\\" else 1                       # \{ and \} do not nest
         depth += (c == "{") - (c == "}")
         if depth == 0:
-            return text[start + 1:at - 1].strip() or None
-    return None
+            return text[start + 1:at - 1].strip() or None, at
+    return None, end
+
+
+def boxes(response, most=64):
+    """The contents of all boxes of the last sentence that has one, or [] where they are no list."""
+    text = response.rpartition("</think>")[2]
+    found, right = [], None                                # `right` is where the box after starts
+    start = last_command(text, len(text))
+    while start >= 0:
+        content, end = unbox(text, start)
+        if right is not None:
+            between = text[end:right]
+            if end > right or FULL_STOP.search(between):
+                break
+            linked = LINK.search(between) and not TAKEN_BACK.search(between)
+            if not linked or len(between) > 100 or len(found) == most:
+                return []
+        if content is None:
+            return []
+        before = text[max(0, start - 40):start]
+        if NOT.search(before):
+            return []
+        label = LABEL.search(before)
+        found.append(f"{label[1]} = {content}" if label and "=" not in content else content)
+        right = start
+        start = last_command(text, start)
+    return found[::-1]
 
 
 # ---------------------------------------------------------------- cleaning
@@ -329,6 +439,22 @@ def judge(answer, gold):
     except Unparsed:
         return "unparsed"
     return "equal: " + rule if rule else "different"
+
+
+def equal_set(parts, gold):
+    """Whether answers, each of its own box, are the elements of a gold answer that is a set."""
+    if len(gold) > LONGEST or sum(map(len, parts)) > LONGEST:
+        return False
+    y = shape(gold.strip())[1]
+    if not y or y[0] != "set" or len(parts) not in (len(y[1]), len(spread(y[1]))):
+        return False
+    xs = [shape(part)[1] for part in parts]
+    if not all(xs) or assigns(xs) != assigns(y[1]):        # x = 6 and y = 24 are no set
+        return False
+    try:
+        return matched(xs, y[1], Algebra())
+    except Unparsed:
+        return False
 
 
 @lru_cache(maxsize=4096)

@@ -27,7 +27,7 @@ MISSED = [r"\cos(\arctan(3/4))"]                               # right answers t
 def test_own_cases():
     """Every case as a careful reader would decide it, but for the listed right answers that are missed."""
     wrong = [(case, verdict) for case in CASES if (verdict := grade(case["response"], case["gold"])).correct != case["expected"]]
-    assert len(CASES) >= 900 and sum(not case["expected"] for case in CASES) >= 450
+    assert len(CASES) >= 1100 and sum(not case["expected"] for case in CASES) >= 500
     assert [verdict.extracted for case, verdict in wrong if case["expected"]] == MISSED and len(wrong) == len(MISSED), wrong
 
 
@@ -127,6 +127,38 @@ def test_two_measures_must_agree(n, one, two):
     (r"\boxed{" + "1" * 5000 + "}", None), (r"\boxed{" + "1" * 3000 + "}", "1" * 3000)])
 def test_extract(response, answer):
     assert extract(response) == answer
+
+
+@pytest.mark.parametrize("response, answer", [
+    ("Final Answer: The largest $n$ is 34", "34"), ("Answer: we get $n$ equal to $34$", "34"),
+    ("Final Answer: The largest $n$ is\n$$34$$", "34"), ("Answer: $n$ is $34$.", "34"),
+    (r"Final Answer: The final answer is $\$18.90$. I hope it is correct.", r"\$18.90"),
+    ("Final Answer: The final answer is 5 I hope it is correct.", "5"),
+    ("Final Answer: The volume of $ABCD$ is 120. I hope it is correct.", "120"),
+    ("The final answer: the value of $x$ when $y$ is $3$ is $7$.", "7"),
+    ("The answer is 5, where $n$ is $3$.", "5"), ("The answer is $1$ and $2$.", "1, 2"),
+    ("Answer: There are $12$ ways, which is $3$ times more.", "12"),
+    ("Answer: The values of $x$ are $1$ and $2$.", "1, 2"),
+    ("Answer: Yes, since $n$ is $3$.", "Yes"), ("The answer is $n$.", "n"),
+    (r"The answer is $\pi$, roughly $3.14$.", r"\pi"),
+    ("Final Answer: The largest $n$ is not $34$.", "The largest $n$ is not $34")])
+def test_the_answer_in_a_sentence(response, answer):
+    assert extract(response) == answer
+
+
+def test_boxes_of_the_last_sentence():
+    """A set in several boxes is compared as one; `extract` alone knows no gold answer."""
+    response = r"First \boxed{7}. Then $\boxed{(2,2)} \text{ and } \boxed{(6,2)}$."
+    assert extract(response) == "(6,2)"
+    assert grade(response, "(6,2), (2,2)") == (True, "(2,2), (6,2)", "equal: set")
+    assert grade(response, "(6,2)") == (True, "(6,2)", "equal: string")
+    assert grade(response, "(2,2)") == (False, "(6,2)", "different")
+    assert grade(response, "(2,2), (6,2), 7") == (False, "(6,2)", "different")
+    assert verify.boxes(r"$k=\boxed{45}$ and $n_1=\boxed{2}$") == ["k = 45", "n_1 = 2"]
+    for response in (r"\boxed{1}, no, \boxed{2}", r"\boxed{1} or \boxed{}", r"\boxed{1} \boxed{2}",
+                     r"neither \boxed{1} nor \boxed{2}", r"not \boxed{1}, \boxed{2}", "none"):
+        assert verify.boxes(response) == []
+    assert len(verify.boxes(r"\boxed{1}, " * 64)) == 64 and verify.boxes(r"\boxed{1}, " * 65) == []
 
 
 def test_reasons():
@@ -384,6 +416,7 @@ def rewrites(gold):
     if re.fullmatch(r"-?[0-9]+", gold):
         yield "n.0", box % (gold + ".0")
         yield "n =", box % ("n = " + gold)
+        yield "is", f"Final Answer: The largest $n$ is {gold}. I hope it is correct."
         yield "days", box % (gold + "days")
         yield "text number", box % (r"\text{" + gold + "}")
         yield "units", box % (gold + r"\text{ units}")
