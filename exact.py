@@ -392,6 +392,7 @@ def constant(text):
 
 # ---------------------------------------------------------------- reading
 
+DIGITS = set("0123456789")
 TOKEN = re.compile(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+|\\[A-Za-z]+|\\.|\S")
 OPEN = {"(": ")", "[": "]", "{": "}", r"\{": r"\}", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil", r"\mat": r"\endmat", r"\vmat": r"\endmat"}
 CLOSE = set(OPEN.values())
@@ -475,7 +476,10 @@ class Reader:
         return out
 
     def term(self):
+        start = self.at
         out = self.factor()
+        if self.at == start + 1 and self.tok[start][0] in DIGITS and self.peek()[:1] in DIGITS:
+            raise Unparsed("two numbers side by side")
         while (t := self.peek()) and t not in CLOSE and t not in ("+", "-", ",") and not (self.bars and t in ("|", r"\|")):
             self.take("*", "/")
             minus = t in ("*", "/") and self.take("-")
