@@ -1,4 +1,5 @@
 """data.py: every format and alias, rows that cannot be used, the hub without a hub, the order of training, the report."""
+
 import json
 import os
 import socket
@@ -27,7 +28,11 @@ def pairs(problems):
 
 def write(path, *rows):
     """JSONL; bytes are written as they are."""
-    path.write_bytes(b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows))
+    path.write_bytes(
+        b"".join(
+            (row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows
+        )
+    )
     return path
 
 
@@ -36,35 +41,51 @@ def answer_of(tmp_path, row):
 
 
 def verl(question, answer, **more):
-    return {"data_source": "x", "prompt": [{"role": "system", "content": "Use \\boxed{}."}, {"role": "user", "content": question}],
-            "reward_model": {"style": "rule", "ground_truth": answer}, "extra_info": {"index": -1}, **more}
+    return {
+        "data_source": "x",
+        "prompt": [
+            {"role": "system", "content": "Use \\boxed{}."},
+            {"role": "user", "content": question},
+        ],
+        "reward_model": {"style": "rule", "ground_truth": answer},
+        "extra_info": {"index": -1},
+        **more,
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------------ formats
 
-@pytest.mark.parametrize("name, content", [
-    ("a.jsonl", "\n".join(map(json.dumps, ROWS))),
-    ("a.json", json.dumps(ROWS)),
-    ("a.json", json.dumps(ROWS, indent=2)),
-    ("a.json", json.dumps({"version": 1, "data": ROWS, "notes": ["no", "rows"]})),
-    ("a.json", "\n".join(map(json.dumps, ROWS)) + "\n"),  # JSON lines under the wrong name
-    ("a.JSONL", "\r\n".join(map(json.dumps, ROWS)) + "\r\n\r\n"),
-    ("bom.jsonl", "\ufeff" + "\n".join(map(json.dumps, ROWS))),
-    ("bom.json", "\ufeff" + json.dumps(ROWS)),
-    ("an odd näme.jsonl", "\n\n".join(map(json.dumps, ROWS))),
-])
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.jsonl", "\n".join(map(json.dumps, ROWS))),
+        ("a.json", json.dumps(ROWS)),
+        ("a.json", json.dumps(ROWS, indent=2)),
+        ("a.json", json.dumps({"version": 1, "data": ROWS, "notes": ["no", "rows"]})),
+        ("a.json", "\n".join(map(json.dumps, ROWS)) + "\n"),  # JSON lines under the wrong name
+        ("a.JSONL", "\r\n".join(map(json.dumps, ROWS)) + "\r\n\r\n"),
+        ("bom.jsonl", "\ufeff" + "\n".join(map(json.dumps, ROWS))),
+        ("bom.json", "\ufeff" + json.dumps(ROWS)),
+        ("an odd näme.jsonl", "\n\n".join(map(json.dumps, ROWS))),
+    ],
+)
 def test_json_in_its_shapes(tmp_path, name, content):
     (tmp_path / name).write_bytes(content.encode())
     problems = load_problems(tmp_path / name)
     assert pairs(problems) == PAIRS
-    assert {p.source for p in problems} == {(tmp_path / name).stem} and len({p.id for p in problems}) == 2
+    assert {p.source for p in problems} == {(tmp_path / name).stem} and len(
+        {p.id for p in problems}
+    ) == 2
     assert pairs(load_problems(str(tmp_path / name), limit=1)) == PAIRS[:1]
 
 
 def test_parquet_verl_rows(tmp_path):
     pq.write_table(pa.Table.from_pylist([verl(q, a) for q, a in PAIRS]), tmp_path / "v.parquet")
     problems, report = data.read(tmp_path / "v.parquet")
-    assert pairs(problems) == PAIRS and report.fields == {("prompt", "reward_model.ground_truth"): 2}
+    assert pairs(problems) == PAIRS and report.fields == {
+        ("prompt", "reward_model.ground_truth"): 2
+    }
     write(tmp_path / "v.jsonl", *[verl(q, a) for q, a in PAIRS])
     assert pairs(load_problems(tmp_path / "v.jsonl")) == PAIRS
 
@@ -73,13 +94,25 @@ def test_parquet_reads_only_the_columns_it_uses(tmp_path):
     """DeepMath's layout. The bytes of the column that must not be read are destroyed: reading it would raise."""
     path, n = tmp_path / "d.parquet", 3000
     junk = [f"a long solution number {i}" * 5 for i in range(n)]
-    pq.write_table(pa.table({"question": [f"q{i}" for i in range(n)], "final_answer": [str(i) for i in range(n)],
-                             "difficulty": [i / 2 for i in range(n)], "r1_solution_1": junk}), path, compression="snappy")
+    pq.write_table(
+        pa.table(
+            {
+                "question": [f"q{i}" for i in range(n)],
+                "final_answer": [str(i) for i in range(n)],
+                "difficulty": [i / 2 for i in range(n)],
+                "r1_solution_1": junk,
+            }
+        ),
+        path,
+        compression="snappy",
+    )
     group = pq.ParquetFile(path).metadata.row_group(0)
-    column = next(group.column(i) for i in range(4) if group.column(i).path_in_schema == "r1_solution_1")
+    column = next(
+        group.column(i) for i in range(4) if group.column(i).path_in_schema == "r1_solution_1"
+    )
     raw = bytearray(path.read_bytes())
     start = column.dictionary_page_offset or column.data_page_offset
-    raw[start:start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    raw[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
     path.write_bytes(raw)
     with pytest.raises((pa.ArrowException, OSError)):
         pq.read_table(path, columns=["r1_solution_1"])
@@ -91,15 +124,24 @@ def test_parquet_reads_only_the_columns_it_uses(tmp_path):
 def test_folder_reads_its_files_in_order_of_name(tmp_path):
     write(tmp_path / "b.jsonl", {"id": 1, "question": "b", "answer": 1})
     (tmp_path / "a.json").write_text(json.dumps([{"id": 1, "question": "a", "answer": 1}]))
-    pq.write_table(pa.table({"id": [1], "question": ["c"], "answer": ["1"]}), tmp_path / "c.parquet")
+    pq.write_table(
+        pa.table({"id": [1], "question": ["c"], "answer": ["1"]}), tmp_path / "c.parquet"
+    )
     (tmp_path / "README.md").write_text("not data")
     problems = load_problems(tmp_path)
-    assert [(p.question, p.source, p.id) for p in problems] == [("a", "a", "a/1"), ("b", "b", "b/1"), ("c", "c", "c/1")]
+    assert [(p.question, p.source, p.id) for p in problems] == [
+        ("a", "a", "a/1"),
+        ("b", "b", "b/1"),
+        ("c", "c", "c/1"),
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------------ fields
 
-@pytest.mark.parametrize("q, a", [(q, a) for q in data.QUESTION for a in data.ANSWER] + [("Problem", "Answer")])
+
+@pytest.mark.parametrize(
+    "q, a", [(q, a) for q in data.QUESTION for a in data.ANSWER] + [("Problem", "Answer")]
+)
 def test_every_alias(tmp_path, q, a):
     problems, report = data.read(write(tmp_path / "a.jsonl", {q: " how many? ", a: "27"}))
     assert pairs(problems) == [("how many?", "27")] and report.fields == {(q, a): 1}
@@ -108,24 +150,46 @@ def test_every_alias(tmp_path, q, a):
 
 
 def test_first_alias_wins_and_is_logged(tmp_path, caplog):
-    row = {"solution": "So \\boxed{9}.", "answer": "5", "question": "second", "problem": "first", "prompt": "third"}
+    row = {
+        "solution": "So \\boxed{9}.",
+        "answer": "5",
+        "question": "second",
+        "problem": "first",
+        "prompt": "third",
+    }
     with caplog.at_level("INFO", "nanobupo.data"):
         assert pairs(load_problems(write(tmp_path / "a.jsonl", row))) == [("first", "5")]
     assert "'problem'" in caplog.text and "'answer'" in caplog.text
 
 
-@pytest.mark.parametrize("value, text", [
-    (27, "27"), (27.0, "27"), ("27.0", "27"), ("-3.00", "-3"), (0.5, "0.5"), (-1e-7, "-0.0000001"), (1e22, "10000000000000000000000"),
-    ("0.50", "0.50"), (" \\frac{1}{2} ", "\\frac{1}{2}"), ("1.0.0", "1.0.0"),
-    ("We get \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"), ("First \\boxed{1}, then \\boxed{2}.", "2"),
-    ("She has 3 * 6 = <<3*6=18>>18 eggs.\n#### 18", "18"), ("A lot.\n#### 1,080", "1,080"),
-])
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (27, "27"),
+        (27.0, "27"),
+        ("27.0", "27"),
+        ("-3.00", "-3"),
+        (0.5, "0.5"),
+        (-1e-7, "-0.0000001"),
+        (1e22, "10000000000000000000000"),
+        ("0.50", "0.50"),
+        (" \\frac{1}{2} ", "\\frac{1}{2}"),
+        ("1.0.0", "1.0.0"),
+        ("We get \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"),
+        ("First \\boxed{1}, then \\boxed{2}.", "2"),
+        ("She has 3 * 6 = <<3*6=18>>18 eggs.\n#### 18", "18"),
+        ("A lot.\n#### 1,080", "1,080"),
+    ],
+)
 def test_answers(tmp_path, value, text):
     assert answer_of(tmp_path, {"answer": value}) == text
 
 
 def test_answer_from_decimal_column(tmp_path):
-    pq.write_table(pa.table({"question": ["a", "b"], "answer": [Decimal("27.000"), Decimal("0.125")]}), tmp_path / "d.parquet")
+    pq.write_table(
+        pa.table({"question": ["a", "b"], "answer": [Decimal("27.000"), Decimal("0.125")]}),
+        tmp_path / "d.parquet",
+    )
     assert [p.answer for p in load_problems(tmp_path / "d.parquet")] == ["27", "0.125"]
 
 
@@ -138,11 +202,28 @@ def test_solution_needs_a_marked_answer(tmp_path):
 
 
 def test_ids_and_meta(tmp_path):
-    rows = [{"question": "a", "answer": 1, "unique_id": "test/1.json", "level": 4, "subject": "Algebra", "other": 1},
-            {"question": "b", "answer": 1, "id": 0}, {"question": "c", "answer": 1, "id": None, "difficulty": 5.5}]
+    rows = [
+        {
+            "question": "a",
+            "answer": 1,
+            "unique_id": "test/1.json",
+            "level": 4,
+            "subject": "Algebra",
+            "other": 1,
+        },
+        {"question": "b", "answer": 1, "id": 0},
+        {"question": "c", "answer": 1, "id": None, "difficulty": 5.5},
+    ]
     assert load_problems(write(tmp_path / "a.jsonl", *rows)) == [
-        Problem("a", "1", "a/test/1.json", "a"), Problem("b", "1", "a/0", "a"), Problem("c", "1", "a.jsonl:3", "a")]
-    assert [p.meta for p in load_problems(tmp_path / "a.jsonl")] == [{"level": 4, "subject": "Algebra"}, {}, {"difficulty": 5.5}]
+        Problem("a", "1", "a/test/1.json", "a"),
+        Problem("b", "1", "a/0", "a"),
+        Problem("c", "1", "a.jsonl:3", "a"),
+    ]
+    assert [p.meta for p in load_problems(tmp_path / "a.jsonl")] == [
+        {"level": 4, "subject": "Algebra"},
+        {},
+        {"difficulty": 5.5},
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------------ bad rows
@@ -151,22 +232,40 @@ GOOD = [{"question": f"good {i}", "answer": i} for i in range(99)]
 BAD = {
     "cut off": (b'{"question": "q", "answ', "not JSON"),
     "not UTF-8": (b'{"question": "\xff", "answer": 1}', "not JSON.*utf-8"),
-    "nested deep": (b"[" * 100_000, "not JSON"), "a list": (b"[1, 2]", "list, expected an object"),
+    "nested deep": (b"[" * 100_000, "not JSON"),
+    "a list": (b"[1, 2]", "list, expected an object"),
     "null row": (b"null", "NoneType, expected"),
     "digits": (b'{"question": "q", "answer": ' + b"9" * 5000 + b"}", "not JSON"),
-    "no question": ({"q": "?", "answer": 1}, r"none of the fields problem, question, prompt; it has \['q', 'answer'\]"),
-    "no answer": ({"question": "q"}, "none of the fields answer, final_answer"), "empty row": ({}, "it has none"),
-    "null": ({"question": "q", "answer": None}, "'answer' is null"), "empty": ({"question": " \n", "answer": 1}, "'question' is empty"),
-    "wrong type": ({"question": 5, "answer": 1}, "'question' is int"), "list": ({"question": "q", "answer": ["1"]}, "'answer' is list"),
-    "bool": ({"question": "q", "answer": True}, "'answer' is bool"), "nan": (b'{"question": "q", "answer": NaN}', "'answer' is nan"),
+    "no question": (
+        {"q": "?", "answer": 1},
+        r"none of the fields problem, question, prompt; it has \['q', 'answer'\]",
+    ),
+    "no answer": ({"question": "q"}, "none of the fields answer, final_answer"),
+    "empty row": ({}, "it has none"),
+    "null": ({"question": "q", "answer": None}, "'answer' is null"),
+    "empty": ({"question": " \n", "answer": 1}, "'question' is empty"),
+    "wrong type": ({"question": 5, "answer": 1}, "'question' is int"),
+    "list": ({"question": "q", "answer": ["1"]}, "'answer' is list"),
+    "bool": ({"question": "q", "answer": True}, "'answer' is bool"),
+    "nan": (b'{"question": "q", "answer": NaN}', "'answer' is nan"),
     "inf": (b'{"question": "q", "answer": 1e999}', "'answer' is inf"),
-    "huge": ({"question": "q" * 100_001, "answer": 1}, "100,001 characters"), "NUL": ({"question": "a\0b", "answer": 1}, r"U\+0000"),
+    "huge": ({"question": "q" * 100_001, "answer": 1}, "100,001 characters"),
+    "NUL": ({"question": "a\0b", "answer": 1}, r"U\+0000"),
     "surrogate": (b'{"question": "a\\ud800b", "answer": 1}', r"U\+D800"),
     "BOM inside": ({"question": "a", "answer": "\ufeff1"}, r"U\+FEFF"),
     "no user": ({"prompt": [{"role": "system", "content": "s"}], "answer": 1}, "0 user messages"),
-    "two users": ({"prompt": [{"role": "user", "content": "s"}] * 2, "answer": 1}, "2 user messages"),
-    "messages of another kind": ({"prompt": ["s", {"role": "user", "content": ["x"]}], "answer": 1}, "'prompt' is list"),
-    "no ground truth": ({"question": "q", "reward_model": {"style": "rule"}}, "none of the fields answer"),
+    "two users": (
+        {"prompt": [{"role": "user", "content": "s"}] * 2, "answer": 1},
+        "2 user messages",
+    ),
+    "messages of another kind": (
+        {"prompt": ["s", {"role": "user", "content": ["x"]}], "answer": 1},
+        "'prompt' is list",
+    ),
+    "no ground truth": (
+        {"question": "q", "reward_model": {"style": "rule"}},
+        "none of the fields answer",
+    ),
 }
 
 
@@ -181,9 +280,20 @@ def test_bad_row_is_skipped_with_its_place(tmp_path, kind, caplog):
     assert "t.jsonl:41" in caplog.text
 
 
-NAMES = st.sampled_from([*data.QUESTION, *data.ANSWER, *data.META, "id", "reward_model", "role", "content", "x"])
-LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["user", "\\boxed{1}", "#### "])
-VALUES = st.recursive(LEAVES, lambda v: st.lists(v, max_size=3) | st.dictionaries(NAMES, v, max_size=5), max_leaves=12)
+NAMES = st.sampled_from(
+    [*data.QUESTION, *data.ANSWER, *data.META, "id", "reward_model", "role", "content", "x"]
+)
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["user", "\\boxed{1}", "#### "])
+)
+VALUES = st.recursive(
+    LEAVES, lambda v: st.lists(v, max_size=3) | st.dictionaries(NAMES, v, max_size=5), max_leaves=12
+)
 
 
 @settings(derandomize=True, max_examples=300, deadline=None)
@@ -194,11 +304,20 @@ def test_any_row_is_a_problem_or_a_bad_row(row):
     except data._BadRow as e:
         assert "\n" not in str(e)
     else:
-        assert problem.question.encode() and problem.answer.encode() and problem.id.encode() and q in row and isinstance(a, str)
+        assert (
+            problem.question.encode()
+            and problem.answer.encode()
+            and problem.id.encode()
+            and q in row
+            and isinstance(a, str)
+        )
 
 
 def test_crlf_inside_text_becomes_a_line_end(tmp_path):
-    assert load_problems(write(tmp_path / "a.jsonl", {"question": "a\r\nb", "answer": 1}))[0].question == "a\nb"
+    assert (
+        load_problems(write(tmp_path / "a.jsonl", {"question": "a\r\nb", "answer": 1}))[0].question
+        == "a\nb"
+    )
 
 
 def test_share_of_bad_rows(tmp_path):
@@ -209,23 +328,37 @@ def test_share_of_bad_rows(tmp_path):
     assert len(load_problems(path, limit=98)) == 98  # the rows behind the limit are not looked at
     with pytest.raises(ValueError, match="from 0 to 1"):
         load_problems(path, max_bad=2)
-    with pytest.raises(DataError, match="2 of 2 rows"):  # nothing left is an error whatever is allowed
+    with pytest.raises(
+        DataError, match="2 of 2 rows"
+    ):  # nothing left is an error whatever is allowed
         load_problems(write(tmp_path / "u.jsonl", b"?", b"??"), max_bad=1)
 
 
 def test_repeated_id(tmp_path):
-    path = write(tmp_path / "t.jsonl", *({"id": i, "question": str(i), "answer": i} for i in (7, 8, 7)))
+    path = write(
+        tmp_path / "t.jsonl", *({"id": i, "question": str(i), "answer": i} for i in (7, 8, 7))
+    )
     with pytest.raises(DataError, match="t.jsonl:3: the id 't/7' is that of t.jsonl:1"):
         load_problems(path)
 
 
-@pytest.mark.parametrize("name, content, why", [
-    ("a.jsonl", b"", "no rows"), ("a.json", b" \n", "no rows"), ("a.json", b"[]", "no rows"), ("a.json", b"[{]", "not JSON: .*column 3"),
-    ("a.json", b"[\n\n  {]", "not JSON: .*line 3 column 4"), ("a.json", b'"text"', "expected an array"),
-    ("a.json", b'{"a": 1}', "expected an array"),
-    ("a.json", b'{"train": [{}], "test": [{}]}', "exactly one"), ("a.json", b"[1, null]", "a.json row 1: int"),
-    ("a.csv", b"question,answer", "cannot read this kind"), ("a.parquet", b"", "not a readable parquet"),
-    ("a.parquet", b"PAR1" + b"\0" * 50 + b"PAR1", "not a readable parquet")])
+@pytest.mark.parametrize(
+    "name, content, why",
+    [
+        ("a.jsonl", b"", "no rows"),
+        ("a.json", b" \n", "no rows"),
+        ("a.json", b"[]", "no rows"),
+        ("a.json", b"[{]", "not JSON: .*column 3"),
+        ("a.json", b"[\n\n  {]", "not JSON: .*line 3 column 4"),
+        ("a.json", b'"text"', "expected an array"),
+        ("a.json", b'{"a": 1}', "expected an array"),
+        ("a.json", b'{"train": [{}], "test": [{}]}', "exactly one"),
+        ("a.json", b"[1, null]", "a.json row 1: int"),
+        ("a.csv", b"question,answer", "cannot read this kind"),
+        ("a.parquet", b"", "not a readable parquet"),
+        ("a.parquet", b"PAR1" + b"\0" * 50 + b"PAR1", "not a readable parquet"),
+    ],
+)
 def test_unusable_files_raise_one_line(tmp_path, name, content, why):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=why) as e:
@@ -235,13 +368,20 @@ def test_unusable_files_raise_one_line(tmp_path, name, content, why):
 
 def test_parquet_without_the_columns_or_cut_off(tmp_path):
     pq.write_table(pa.table({"question": ["q"], "text": ["t"]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="answer or final_answer or solution or ground_truth; it has \\['question', 'text'\\]"):
+    with pytest.raises(
+        DataError,
+        match="answer or final_answer or solution or ground_truth; it has \\['question', 'text'\\]",
+    ):
         load_problems(tmp_path / "a.parquet")
-    pq.write_table(pa.table({"question": ["q"] * 500, "answer": ["1"] * 500}), tmp_path / "b.parquet")
+    pq.write_table(
+        pa.table({"question": ["q"] * 500, "answer": ["1"] * 500}), tmp_path / "b.parquet"
+    )
     (tmp_path / "b.parquet").write_bytes((tmp_path / "b.parquet").read_bytes()[:-20])
     with pytest.raises(DataError, match="not a readable parquet"):
         load_problems(tmp_path / "b.parquet")
-    pq.write_table(pa.table({"question": ["q"], "answer": ["1"]}).slice(0, 0), tmp_path / "c.parquet")
+    pq.write_table(
+        pa.table({"question": ["q"], "answer": ["1"]}).slice(0, 0), tmp_path / "c.parquet"
+    )
     with pytest.raises(DataError, match="no rows"):
         load_problems(tmp_path / "c.parquet")
 
@@ -259,19 +399,46 @@ def test_names_that_lead_nowhere(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------------ the hub
 
+
 def test_named_sets_are_pinned_and_read_through_one_function(tmp_path, monkeypatch):
     """The layouts of the real sets, as rows made here; nothing but `download` is asked for a file."""
     rows = {
-        "math500": [{"problem": "q", "solution": "s \\boxed{0}", "answer": "\\frac12", "subject": "Algebra", "level": 2, "unique_id": "1"}],
+        "math500": [
+            {
+                "problem": "q",
+                "solution": "s \\boxed{0}",
+                "answer": "\\frac12",
+                "subject": "Algebra",
+                "level": 2,
+                "unique_id": "1",
+            }
+        ],
         "aime24": [{"id": 60, "problem": "q", "solution": "\\boxed{204}", "url": "u"}],
         "aime25": [{"problem": "q", "answer": "70", "id": "0"}],
         "amc23": [{"id": 0, "question": "q", "answer": 27.0, "url": "u"}],
-        "deepmath": [{"question": "q", "final_answer": "0", "difficulty": 4.5, "topic": "t", "r1_solution_1": "\\boxed{1}"}],
+        "deepmath": [
+            {
+                "question": "q",
+                "final_answer": "0",
+                "difficulty": 4.5,
+                "topic": "t",
+                "r1_solution_1": "\\boxed{1}",
+            }
+        ],
         "deepscaler": [{"problem": "q", "answer": "-1", "solution": ""}],
         "gsm8k": [{"question": "q", "answer": "<<1+1=2>>\n#### 2"}],
-        "gsm8k-train": [{"question": "q", "answer": "<<1+1=2>>\n#### 3"}]}
-    gold = {"math500": "\\frac12", "aime24": "204", "aime25": "70", "amc23": "27", "deepmath": "0", "deepscaler": "-1", "gsm8k": "2",
-            "gsm8k-train": "3"}
+        "gsm8k-train": [{"question": "q", "answer": "<<1+1=2>>\n#### 3"}],
+    }
+    gold = {
+        "math500": "\\frac12",
+        "aime24": "204",
+        "aime25": "70",
+        "amc23": "27",
+        "deepmath": "0",
+        "deepscaler": "-1",
+        "gsm8k": "2",
+        "gsm8k-train": "3",
+    }
     asked = []
 
     def fake(repo, file, revision):
@@ -290,7 +457,9 @@ def test_named_sets_are_pinned_and_read_through_one_function(tmp_path, monkeypat
         asked.clear()
         problem = load_problems(name, limit=1)[0]
         assert (problem.question, problem.answer, problem.source) == ("q", gold[name], name)
-        assert asked == [(data.NAMED[name][0], data.NAMED[name][2][0])]  # with a limit, the shards behind it are never fetched
+        assert asked == [
+            (data.NAMED[name][0], data.NAMED[name][2][0])
+        ]  # with a limit, the shards behind it are never fetched
     asked.clear()
     name = "deepmath"
     assert len(load_problems(name)) == len(asked) == 10
@@ -312,22 +481,39 @@ def hub_error(kind):
     return kind("first line\nsecond line", response=Response())
 
 
-@pytest.mark.parametrize("error, why", [
-    (hub_error(errors.GatedRepoError), "access is restricted"), (hub_error(errors.RepositoryNotFoundError), "private one"),
-    (hub_error(errors.RevisionNotFoundError), "no such revision"), (hub_error(errors.RemoteEntryNotFoundError), "no such file"),
-    (errors.LocalEntryNotFoundError("x\ny"), "not in the cache"), (errors.OfflineModeIsEnabled("x"), "not in the cache"),
-    (hub_error(errors.HfHubHTTPError), "HfHubHTTPError: first line"), (RuntimeError("timed out"), "RuntimeError: timed out"),
-    (errors.EntryNotFoundError("x"), "no such file"),     (OSError(28, "No space left on device"), "No space left")])
+@pytest.mark.parametrize(
+    "error, why",
+    [
+        (hub_error(errors.GatedRepoError), "access is restricted"),
+        (hub_error(errors.RepositoryNotFoundError), "private one"),
+        (hub_error(errors.RevisionNotFoundError), "no such revision"),
+        (hub_error(errors.RemoteEntryNotFoundError), "no such file"),
+        (errors.LocalEntryNotFoundError("x\ny"), "not in the cache"),
+        (errors.OfflineModeIsEnabled("x"), "not in the cache"),
+        (hub_error(errors.HfHubHTTPError), "HfHubHTTPError: first line"),
+        (RuntimeError("timed out"), "RuntimeError: timed out"),
+        (errors.EntryNotFoundError("x"), "no such file"),
+        (OSError(28, "No space left on device"), "No space left"),
+    ],
+)
 def test_hub_errors_say_what_and_what_to_do(monkeypatch, error, why):
     def fail(*args, **kwargs):
         raise error
+
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     with pytest.raises(DataError, match=why) as e:
         load_problems("aime25")
     message = str(e.value)
     assert "\n" not in message and e.value.__suppress_context__
     cache = huggingface_hub.constants.HF_HUB_CACHE
-    for part in ("math-ai/aime25", data.NAMED["aime25"][1], "test.jsonl", str(cache), "hf download", "HF_HOME"):
+    for part in (
+        "math-ai/aime25",
+        data.NAMED["aime25"][1],
+        "test.jsonl",
+        str(cache),
+        "hf download",
+        "HF_HOME",
+    ):
         assert part in message
 
 
@@ -345,18 +531,29 @@ def test_offline_means_not_one_request(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------------------ order
 
+
 def some(n):
     return [Problem(str(i), str(i)) for i in range(n)]
 
 
 def test_order_is_a_permutation_that_depends_on_its_arguments_alone():
-    orders = {(n, seed, epoch): data.order(n, seed, epoch) for n in (0, 1, 2, 50) for seed in (0, 1) for epoch in (0, 1)}
+    orders = {
+        (n, seed, epoch): data.order(n, seed, epoch)
+        for n in (0, 1, 2, 50)
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    }
     assert all(sorted(o) == list(range(n)) for (n, _, _), o in orders.items())
     assert len({tuple(o) for (n, _, _), o in orders.items() if n == 50}) == 4
     # from a shell: for i in 0 1 2 3 4 5 6 7; do echo $(printf "0 0 $i" | sha256sum) $i; done | sort. A change breaks every run's resume.
     assert data.order(8, seed=0, epoch=0) == [7, 0, 5, 1, 2, 3, 6, 4]
-    fresh = subprocess.run([sys.executable, "-c", "import data; print(data.order(50, 1, 1))"], capture_output=True, text=True,
-                           env={**os.environ, "PYTHONHASHSEED": "7"}, cwd=os.path.dirname(data.__file__))
+    fresh = subprocess.run(
+        [sys.executable, "-c", "import data; print(data.order(50, 1, 1))"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+        cwd=os.path.dirname(data.__file__),
+    )
     assert fresh.stdout.strip() == str(orders[50, 1, 1])
 
 
@@ -368,9 +565,11 @@ def test_order_is_uniform():
 
 def test_batches_walk_through_epochs():
     problems = some(10)
-    walk = [p for step in range(1, 16) for p in data.batch(problems, step, 4, seed=5)]  # 60 = 6 epochs of 10, steps of 4: most straddle
+    walk = [
+        p for step in range(1, 16) for p in data.batch(problems, step, 4, seed=5)
+    ]  # 60 = 6 epochs of 10, steps of 4: most straddle
     for epoch in range(6):
-        assert walk[10 * epoch:10 * epoch + 10] == [problems[i] for i in data.order(10, 5, epoch)]
+        assert walk[10 * epoch : 10 * epoch + 10] == [problems[i] for i in data.order(10, 5, epoch)]
     third = data.batch(problems, 3, 4, seed=5)
     assert third == [problems[i] for i in data.order(10, 5, 0)[8:] + data.order(10, 5, 1)[:2]]
 
@@ -389,7 +588,10 @@ def test_batch_is_a_function_of_the_step():
 def test_set_smaller_than_a_batch():
     problems = some(3)
     got = data.batch(problems, 2, 8, seed=0)
-    assert len(got) == 8 and got == [p for e in range(6) for p in (problems[i] for i in data.order(3, 0, e))][8:16]
+    assert (
+        len(got) == 8
+        and got == [p for e in range(6) for p in (problems[i] for i in data.order(3, 0, e))][8:16]
+    )
     assert data.batch(some(1), 1, 4, seed=0) == some(1) * 4
 
 
@@ -401,28 +603,75 @@ def test_batch_refuses(problems, step, size):
 
 # ------------------------------------------------------------------------------------------------------------------ choosing
 
-@pytest.mark.parametrize("name, answers", {
-    "integer": ["0", "-17", "+3", "1,234,567", "12{,}345", "\\$32,\\!348", "$5$", "\\text{7}", "12."],
-    "decimal": ["0.5", "-.25", "\\$18.90"],
-    "fraction": ["1/2", "-3/4", "\\frac{1}{2}", "\\dfrac12", "-\\tfrac{ 10 }{ 3 }"],
-    "yes/no": ["Yes", "\\text{No}", "\\mathrm{true}", "FALSE."],
-    "choice": ["A", "(B)", "\\textbf{(C)}"],
-    "tuple/interval": ["(1, 2)", "\\left( 3, \\frac{\\pi}{2} \\right)", "[0,1)", "\\{1, 2\\}", "(-\\infty,0)\\cup(1,2)"],
-    "expression": ["\\infty", "\\sqrt{2}", "x+1", "1,23", "p - q", "\\frac{\\pi}{2}", "x = 5", "F", "(x+1)", "٣"]}.items())
+
+@pytest.mark.parametrize(
+    "name, answers",
+    {
+        "integer": [
+            "0",
+            "-17",
+            "+3",
+            "1,234,567",
+            "12{,}345",
+            "\\$32,\\!348",
+            "$5$",
+            "\\text{7}",
+            "12.",
+        ],
+        "decimal": ["0.5", "-.25", "\\$18.90"],
+        "fraction": ["1/2", "-3/4", "\\frac{1}{2}", "\\dfrac12", "-\\tfrac{ 10 }{ 3 }"],
+        "yes/no": ["Yes", "\\text{No}", "\\mathrm{true}", "FALSE."],
+        "choice": ["A", "(B)", "\\textbf{(C)}"],
+        "tuple/interval": [
+            "(1, 2)",
+            "\\left( 3, \\frac{\\pi}{2} \\right)",
+            "[0,1)",
+            "\\{1, 2\\}",
+            "(-\\infty,0)\\cup(1,2)",
+        ],
+        "expression": [
+            "\\infty",
+            "\\sqrt{2}",
+            "x+1",
+            "1,23",
+            "p - q",
+            "\\frac{\\pi}{2}",
+            "x = 5",
+            "F",
+            "(x+1)",
+            "٣",
+        ],
+    }.items(),
+)
 def test_answer_class(name, answers):
     assert {a: data.answer_class(a) for a in answers} == dict.fromkeys(answers, name)
 
 
 def test_select_filters_and_says_what_removed_what(caplog):
-    problems = [Problem("one", "1", meta={"difficulty": 2.0}), Problem("a b c", "yes", meta={"level": "Level 4"}),
-                Problem("d e", "\\pi", meta={"level": 5}), Problem("none", "3")]
+    problems = [
+        Problem("one", "1", meta={"difficulty": 2.0}),
+        Problem("a b c", "yes", meta={"level": "Level 4"}),
+        Problem("d e", "\\pi", meta={"level": 5}),
+        Problem("none", "3"),
+    ]
     assert data.select(problems) == problems
     assert data.select(problems, difficulty=(2, 4)) == problems[:2]
-    assert data.select(problems, classes=["integer", "expression"]) == [problems[0], problems[2], problems[3]]
+    assert data.select(problems, classes=["integer", "expression"]) == [
+        problems[0],
+        problems[2],
+        problems[3],
+    ]
     with caplog.at_level("INFO", "nanobupo.data"):
-        assert data.select(problems, max_tokens=2, count=lambda q: len(q.split())) == [problems[0], problems[2], problems[3]]
+        assert data.select(problems, max_tokens=2, count=lambda q: len(q.split())) == [
+            problems[0],
+            problems[2],
+            problems[3],
+        ]
     assert "max_tokens 2 removed 1 of 4" in caplog.text
-    with pytest.raises(DataError, match=r"none of 4 problems is left: difficulty \(4, 5\) removed 2, classes \['integer'\] removed 2"):
+    with pytest.raises(
+        DataError,
+        match=r"none of 4 problems is left: difficulty \(4, 5\) removed 2, classes \['integer'\] removed 2",
+    ):
         data.select(problems, difficulty=(4, 5), classes=["integer"])
     with pytest.raises(ValueError, match="'number'; there are yes/no, integer"):
         data.select(problems, classes=["number"])
@@ -433,16 +682,26 @@ def test_select_filters_and_says_what_removed_what(caplog):
 def test_fingerprint_sees_content_and_order():
     a, b = Problem("q", "1"), Problem("q", "2")
     prints = {data.fingerprint(p) for p in ([a], [b], [a, b], [b, a], [Problem("q1", "")])}
-    assert len(prints) == 5 and data.fingerprint([a]) == data.fingerprint([Problem("q", "1", "id", "elsewhere")])
+    assert len(prints) == 5 and data.fingerprint([a]) == data.fingerprint(
+        [Problem("q", "1", "id", "elsewhere")]
+    )
     # from a shell: printf '["q", "1"]\n' | sha256sum
-    assert data.fingerprint([a]) == "62804bba6403c3c950d25cf75ad2283d2b278c55a298a9a83e7a0e0e0cde59c4"
+    assert (
+        data.fingerprint([a]) == "62804bba6403c3c950d25cf75ad2283d2b278c55a298a9a83e7a0e0e0cde59c4"
+    )
 
 
 def test_overlap_equal_and_partial():
     words = [f"w{i}" for i in range(40)]
     long = " ".join(f"v{i}" for i in range(30))
-    mine = [Problem(t, "1") for t in (" ".join(words), "Short  one?", "other", " ".join(words[:30]), long)]
-    others = [Problem(t, "2") for t in ("nothing", "short ONE?\n", "x " + " ".join(words[:25]) + " y", long.upper())]
+    mine = [
+        Problem(t, "1")
+        for t in (" ".join(words), "Short  one?", "other", " ".join(words[:30]), long)
+    ]
+    others = [
+        Problem(t, "2")
+        for t in ("nothing", "short ONE?\n", "x " + " ".join(words[:25]) + " y", long.upper())
+    ]
     equal, shared = data.overlap(mine, others)
     assert equal == [(1, 1), (4, 3)]
     assert shared == {0: 6 / 21, 3: 6 / 11}  # w0..w24 hold 6 runs of 20 words, of 21 and of 11
@@ -451,22 +710,54 @@ def test_overlap_equal_and_partial():
 
 # ------------------------------------------------------------------------------------------------------------------ the command
 
+
 def run(*args):
     folder = os.path.dirname(data.__file__)
-    return subprocess.run([sys.executable, "data.py", *map(str, args)], capture_output=True, text=True, cwd=folder, timeout=120)
+    return subprocess.run(
+        [sys.executable, "data.py", *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=120,
+    )
 
 
 def test_command_reports_and_exits_with_its_codes(tmp_path):
-    path = write(tmp_path / "t.jsonl", *GOOD[:20], {"question": "Good  3", "answer": "1/2"}, b"{", {"question": "q", "answer": None})
+    path = write(
+        tmp_path / "t.jsonl",
+        *GOOD[:20],
+        {"question": "Good  3", "answer": "1/2"},
+        b"{",
+        {"question": "q", "answer": None},
+    )
     got = run(path, "--against", write(tmp_path / "o.jsonl", GOOD[0]), "--max-bad", "0.1")
     assert got.returncode == 0, got.stderr
-    for line in ("21 problems of 23 rows", "answer is integer             20", "1 questions are repeated", "2 bad rows",
-                 "t.jsonl:22: not JSON", "t.jsonl:23: 'answer' is null", "rejects 0 of 21 answers", "1 questions are equal",
-                 "t.jsonl:1 = o.jsonl:1"):
+    for line in (
+        "21 problems of 23 rows",
+        "answer is integer             20",
+        "1 questions are repeated",
+        "2 bad rows",
+        "t.jsonl:22: not JSON",
+        "t.jsonl:23: 'answer' is null",
+        "rejects 0 of 21 answers",
+        "1 questions are equal",
+        "t.jsonl:1 = o.jsonl:1",
+    ):
         assert line in got.stdout
     bad = run(path)
-    assert bad.returncode == 3 and "21 problems of 23 rows" in bad.stdout and bad.stderr.endswith("or allow more (max_bad)\n")
-    for args in ([tmp_path / "missing.jsonl"], ["aime2024"], [path, "--limit", "0"], [path, "--max-tokens", "5"], [path, "--colour"], []):
+    assert (
+        bad.returncode == 3
+        and "21 problems of 23 rows" in bad.stdout
+        and bad.stderr.endswith("or allow more (max_bad)\n")
+    )
+    for args in (
+        [tmp_path / "missing.jsonl"],
+        ["aime2024"],
+        [path, "--limit", "0"],
+        [path, "--max-tokens", "5"],
+        [path, "--colour"],
+        [],
+    ):
         usage = run(*args)
         assert usage.returncode == 2 and "Traceback" not in usage.stderr, usage.stderr
     assert "default: 0" in run("--help").stdout
@@ -479,24 +770,45 @@ def test_self_check_finds_answers_that_no_response_can_match():
 
 # ------------------------------------------------------------------------------------------------------------------ the real files
 
-@pytest.mark.parametrize("name, rows, first, answer", [
-    ("aime_2024", 30, "Find the largest possible real part of", "540"), ("aime_2025", 30, "Find the sum of all integer bases", "70"),
-    ("amc2023", 40, "Cities $A$ and $B$ are $45$ miles apart.", "27"),
-    ("math500", 500, "Convert the point $(0,3)$", "\\left( 3, \\frac{\\pi}{2} \\right)"),
-    ("deepmath-5k", 5000, "Determine the order of the cyclic subgroup", "\\infty")])
+
+@pytest.mark.parametrize(
+    "name, rows, first, answer",
+    [
+        ("aime_2024", 30, "Find the largest possible real part of", "540"),
+        ("aime_2025", 30, "Find the sum of all integer bases", "70"),
+        ("amc2023", 40, "Cities $A$ and $B$ are $45$ miles apart.", "27"),
+        ("math500", 500, "Convert the point $(0,3)$", "\\left( 3, \\frac{\\pi}{2} \\right)"),
+        ("deepmath-5k", 5000, "Determine the order of the cyclic subgroup", "\\infty"),
+    ],
+)
 def test_real_files(shared, name, rows, first, answer):
     problems, report = data.read(shared / "data" / f"{name}.parquet")
     assert len(problems) == report.rows == rows == len({p.id for p in problems}) and not report.bad
-    assert problems[0].question.startswith(first) and problems[0].answer == answer and problems[0].source == name
+    assert (
+        problems[0].question.startswith(first)
+        and problems[0].answer == answer
+        and problems[0].source == name
+    )
     raw = pq.read_table(shared / "data" / f"{name}.parquet").to_pylist()
-    assert pairs(problems) == [(r["prompt"][1]["content"].strip(), r["reward_model"]["ground_truth"].strip()) for r in raw]
+    assert pairs(problems) == [
+        (r["prompt"][1]["content"].strip(), r["reward_model"]["ground_truth"].strip()) for r in raw
+    ]
     assert ("difficulty" in problems[0].meta) == (name == "deepmath-5k")
     if name in ("aime_2024", "aime_2025", "amc2023"):
-        assert all(p.answer.isascii() and p.answer.lstrip("-").isdigit() and data.answer_class(p.answer) == "integer" for p in problems)
+        assert all(
+            p.answer.isascii()
+            and p.answer.lstrip("-").isdigit()
+            and data.answer_class(p.answer) == "integer"
+            for p in problems
+        )
 
 
 def test_training_and_evaluation_questions_do_not_meet(shared):
     train = load_problems(shared / "data" / "deepmath-5k.parquet")
     for name in ("aime_2024", "aime_2025", "amc2023", "math500"):
         equal, parts = data.overlap(load_problems(shared / "data" / f"{name}.parquet"), train)
-        assert not equal and len(parts) == (2 if name == "math500" else 0) and max(parts.values(), default=0) < 0.4
+        assert (
+            not equal
+            and len(parts) == (2 if name == "math500" else 0)
+            and max(parts.values(), default=0) < 0.4
+        )
