@@ -1,24 +1,27 @@
-"""The embedded default: arithmetic, a byte-level tokenizer, and a one-minute supervised warm-up that leaves a model able but unfocused.
+"""The embedded default: arithmetic, a byte-level tokenizer, and a one-minute supervised warm-up
+that leaves a model able but unfocused.
 
-The problems are sums of one-digit numbers. The warm-up shows two ways of answering, and which one a problem gets is chance:
+The problems are sums of one-digit numbers. The warm-up shows two ways of answering, and which one
+a problem gets is chance:
 
-    7+8+5        worked    7+8=15, 15+5=20. \\boxed{20}         right nearly always, for the model has learned its additions
-    7+8+5        blurted   \\boxed{23}                          a guess around the answer, right about one time in ten
+    7+8+5   worked    7+8=15, 15+5=20. \\boxed{20}    right nearly always: it has learned to add
+    7+8+5   blurted   \\boxed{23}                     a guess, right one time in ten
 
-So the model starts like a base model before RL: it can solve the problems, but mostly does not bother to. Nothing tells it later that
-working is better, only the reward of the final answer; that accuracy and length rise together is RL's own finding.
+So the model starts like a base model before RL: it can solve the problems, but mostly does not
+bother to. Nothing tells it later that working is better, only the reward of the final answer; that
+accuracy and length rise together is RL's own finding.
 
     python train.py
 """
 
 import json
 import random
-import zlib
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+import arithmetic
 from bupo import policy_logprobs
 from data import Problem
 from grpo import Response, collate, micro_batches
@@ -61,18 +64,6 @@ DEFAULTS = dict(
 )
 
 
-def problem(rng: random.Random, held_out=False) -> list[int]:
-    """Three to five numbers from 1 to 9 to be added. One question in ten, by a hash of its text, is held out and never trained on."""
-    while True:
-        numbers = [rng.randint(1, 9) for _ in range(rng.randint(3, 5))]
-        if (zlib.crc32(question(numbers).encode()) % 10 == 0) == held_out:
-            return numbers
-
-
-def question(numbers):
-    return "+".join(map(str, numbers))
-
-
 def worked(numbers):
     """The answer with its steps, as a string."""
     total, steps = numbers[0], []
@@ -88,15 +79,18 @@ def blurted(numbers, rng):
 
 
 def problems(n: int, seed: int, held_out=False) -> list[Problem]:
-    """n problems with their answers; the held-out ones are disjoint from all others, whatever the seeds."""
-    rng = random.Random(f"{seed} {held_out}")
-    drawn = [problem(rng, held_out) for _ in range(n)]
-    return [Problem(question(numbers), str(sum(numbers))) for numbers in drawn]
+    """n problems with their answers; the held-out ones are disjoint from all others, whatever the
+    seeds.
+
+    `load_problems("sums")` are those of seed 0, for any model.
+    """
+    return [Problem(text, answer) for text, answer in arithmetic.sums(n, seed, held_out)]
 
 
 def write_tokenizer(folder: Path):
     """A tokenizer.json with the 256 bytes as its vocabulary, no merges and one control token."""
-    # byte-level BPE files spell bytes as printable characters: the printable ones as themselves, the others from U+0100 on
+    # byte-level BPE files spell bytes as printable characters: the printable ones as themselves,
+    # the others from U+0100 on
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     other = [b for b in range(256) if b not in plain]
     spelling = {**{b: chr(b) for b in plain}, **{b: chr(256 + i) for i, b in enumerate(other)}}
@@ -152,10 +146,11 @@ def write_tokenizer(folder: Path):
 
 
 def warm_up(folder: Path, seed: int, steps=600, batch=64, lr=3e-3) -> Path:
-    """Train from scratch on worked and blurted answers and write a Hugging Face folder; an existing one of the same seed is kept.
+    """Train from scratch on worked and blurted answers and write a Hugging Face folder; an
+    existing one of the same seed is kept.
 
-    Most examples are worked while the additions are learned; in the last quarter four in five are blurted, which is the habit that RL
-    then has to break. Returns the folder.
+    Most examples are worked while the additions are learned; in the last quarter four in five are
+    blurted, which is the habit that RL then has to break. Returns the folder.
     """
     done = folder / "warm_up.json"
     settings = {"seed": seed, "steps": steps, "batch": batch, "lr": lr}
@@ -172,7 +167,7 @@ def warm_up(folder: Path, seed: int, steps=600, batch=64, lr=3e-3) -> Path:
             group["lr"] = lr * min(1, (step + 1) / 20) * max(0.02, 1 - step / steps)
         examples = []
         for _ in range(batch):
-            numbers = problem(rng)
+            numbers = arithmetic.draw_sum(rng)
             answer = (
                 worked(numbers)
                 if rng.random() < (0.8 if step < 0.75 * steps else 0.2)
@@ -180,7 +175,7 @@ def warm_up(folder: Path, seed: int, steps=600, batch=64, lr=3e-3) -> Path:
             )
             examples.append(
                 Response(
-                    tokenizer.chat(question(numbers), system=""),
+                    tokenizer.chat(arithmetic.sum_text(numbers), system=""),
                     [*tokenizer.encode(answer), END],
                     [],
                 )

@@ -1,21 +1,30 @@
 """data.py: every format and alias, rows that cannot be used, the hub without a hub, the order of training, the report."""
 
+import argparse
+import hashlib
+import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from decimal import Decimal
+from fractions import Fraction
 
 import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from huggingface_hub import errors
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_hub import damage, empty_cache, fill
 
+import arithmetic
 import data
+import hub
+import tiny
 from data import DataError, Problem, load_problems
 
 ROWS = [{"problem": "What is 1+1?", "answer": "2"}, {"problem": "Is 7 prime?", "answer": "Yes"}]
@@ -172,6 +181,7 @@ def test_first_alias_wins_and_is_logged(tmp_path, caplog):
         (0.5, "0.5"),
         (-1e-7, "-0.0000001"),
         (1e22, "10000000000000000000000"),
+        (1e23, "100000000000000000000000"),
         ("0.50", "0.50"),
         (" \\frac{1}{2} ", "\\frac{1}{2}"),
         ("1.0.0", "1.0.0"),
@@ -342,6 +352,107 @@ def test_repeated_id(tmp_path):
         load_problems(path)
 
 
+@pytest.mark.parametrize("depth", [100, 900, 10_000])
+@pytest.mark.parametrize("name", ["question", "answer", "id", "level", "other", "reward_model"])
+def test_deep_nesting_is_a_bad_row_or_none(tmp_path, name, depth):
+    row = (
+        b'{"question": "q", "answer": "1", "%s": ' % name.encode()
+        + b"[" * depth
+        + b"]" * depth
+        + b"}"
+    )
+    for file, content in (
+        ("a.jsonl", b'{"question": "r", "answer": "1"}\n' + row),
+        ("a.json", b'[{"question": "r", "answer": "1"}, ' + row + b"]"),
+    ):
+        (tmp_path / file).write_bytes(content)
+        try:
+            problems = load_problems(tmp_path / file)
+        except DataError as e:
+            assert "\n" not in str(e) and len(str(e)) < 600
+        else:
+            assert len(problems) == 2 and name in ("id", "level", "other", "reward_model")
+
+
+@pytest.mark.parametrize(
+    "number", ["9" * 25, "-" + "9" * 400, "1e308", "1.7976931348623157e308", "5e-324"]
+)
+def test_numbers_of_any_size(tmp_path, number):
+    row = b'{"question": "q", "answer": N, "id": N, "difficulty": N}'.replace(b"N", number.encode())
+    problem = load_problems(write(tmp_path / "a.jsonl", row), difficulty=(-1e309, 1e309))[0]
+    assert Fraction(problem.answer) == Fraction(str(json.loads(number)))
+    data.describe([problem], data.Report("x"))
+
+
+def test_values_that_python_has_nothing_for_cost_their_row(tmp_path):
+    """Dates beyond the year 9999, and before 1: in an answer, an id, a level."""
+    far = pa.array([0, 2**60, -(2**60), 1], pa.timestamp("ms"))
+    for name in ("answer", "id", "level"):
+        columns = {"question": list("abcd"), "answer": list("1234")} | {name: far}
+        pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+        problems, report = data.read(tmp_path / "a.parquet")
+        assert [place for place, why in report.bad if "cannot be read" in why] == [
+            "a.parquet row 2",
+            "a.parquet row 3",
+        ]
+        assert [p.question for p in problems] == ([] if name == "answer" else ["a", "d"])
+        with pytest.raises(DataError, match="a.parquet row 2: a value cannot be read: ") as e:
+            load_problems(tmp_path / "a.parquet")
+        assert "\n" not in str(e.value)
+    wide = pa.array([Decimal(10) ** 75, Decimal(-1), None, Decimal(1)], pa.decimal256(76, 0))
+    pq.write_table(pa.table({"question": list("abcd"), "answer": wide}), tmp_path / "a.parquet")
+    problems, report = data.read(tmp_path / "a.parquet")
+    assert [p.answer for p in problems] == [str(10**75), "-1", "1"] and len(report.bad) == 1
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    for name in ("pipe.jsonl", "pipe.json", "pipe.parquet"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(DataError, match=f"{name}: not a file"):
+            load_problems(tmp_path / name)
+    with pytest.raises(DataError, match="pipe.json: not a file"):
+        load_problems(tmp_path)  # in a folder too
+    with pytest.raises(FileNotFoundError, match="no file, folder or named set ''"):
+        load_problems("")
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("\x1b[31mred\x1b[0m", "\\x1b[31mred\\x1b[0m"),
+        ("\x1b]0;title\x07", "\\x1b]0;title\\x07"),
+        ("a\rb\x08c\x7f\x9b", "a\\rb\\x08c\\x7f\\x9b"),
+        ("user\u202egnp.exe \u2066x\u2069", "user\\u202egnp.exe \\u2066x\\u2069"),
+        ("zero\u200bwidth\ufeff", "zero\\u200bwidth\\ufeff"),
+        ("half \ud800", "half \\ud800"),
+        ("tag \U000e0041", "tag \\U000e0041"),
+        ("lines\n\tstay, \\frac{1}{2} too, \u6f22\U0001f642 \u00e9", None),
+        ("joined \U0001f469\u200d\U0001f52c", None),
+    ],
+)
+def test_printable(text, shown):
+    assert data.printable(text) == (text if shown is None else shown)
+    data.printable(text).encode()
+    assert "\n" not in data.printable(text, keep="") and "\t" not in data.printable(text, keep="")
+
+
+def test_escapes_in_data_do_not_reach_the_terminal(tmp_path, capsys):
+    evil = "\x1b]0;owned\x07 \u202e"
+    rows = [
+        {"question": evil + "q", "answer": evil + "1", "id": evil},
+        {"question": "r", "answer": None, evil: evil},
+        {evil: evil},
+    ]
+    path = write(tmp_path / f"{evil}.jsonl", *rows)
+    problems, report = data.read(path)
+    data.describe(problems, report)
+    shown = capsys.readouterr().out
+    with pytest.raises(DataError) as e:
+        load_problems(path)
+    for text in (shown, str(e.value)):
+        assert "owned" in text and not set(evil) & set(text) - {" ", *"]0;owned"}
+
+
 @pytest.mark.parametrize(
     "name, content, why",
     [
@@ -400,69 +511,159 @@ def test_names_that_lead_nowhere(tmp_path):
 # ------------------------------------------------------------------------------------------------------------------ the hub
 
 
-def test_named_sets_are_pinned_and_read_through_one_function(tmp_path, monkeypatch):
-    """The layouts of the real sets, as rows made here; nothing but `download` is asked for a file."""
-    rows = {
-        "math500": [
-            {
-                "problem": "q",
-                "solution": "s \\boxed{0}",
-                "answer": "\\frac12",
-                "subject": "Algebra",
-                "level": 2,
-                "unique_id": "1",
-            }
-        ],
-        "aime24": [{"id": 60, "problem": "q", "solution": "\\boxed{204}", "url": "u"}],
-        "aime25": [{"problem": "q", "answer": "70", "id": "0"}],
-        "amc23": [{"id": 0, "question": "q", "answer": 27.0, "url": "u"}],
-        "deepmath": [
-            {
-                "question": "q",
-                "final_answer": "0",
-                "difficulty": 4.5,
-                "topic": "t",
-                "r1_solution_1": "\\boxed{1}",
-            }
-        ],
-        "deepscaler": [{"problem": "q", "answer": "-1", "solution": ""}],
-        "gsm8k": [{"question": "q", "answer": "<<1+1=2>>\n#### 2"}],
-        "gsm8k-train": [{"question": "q", "answer": "<<1+1=2>>\n#### 3"}],
-    }
-    gold = {
-        "math500": "\\frac12",
-        "aime24": "204",
-        "aime25": "70",
-        "amc23": "27",
-        "deepmath": "0",
-        "deepscaler": "-1",
-        "gsm8k": "2",
-        "gsm8k-train": "3",
-    }
+DEEPMATH = {"question": "q", "final_answer": "0", "difficulty": 4.5, "r1_solution_1": "\\boxed{1}"}
+MATH500 = {"problem": "q", "solution": "s \\boxed{0}", "answer": "\\frac12", "unique_id": "1"}
+GSM8K = {"question": "q", "answer": "<<1+1=2>>\n#### 2"}
+LAYOUTS = {  # a row as the real set has it, and the answer in it
+    "math500": (MATH500, "\\frac12"),
+    "aime24": ({"id": 60, "problem": "q", "solution": "\\boxed{204}", "url": "u"}, "204"),
+    "aime25": ({"problem": "q", "answer": "70", "id": "0"}, "70"),
+    "amc23": ({"id": 0, "question": "q", "answer": 27.0, "url": "u"}, "27"),
+    "deepmath": (DEEPMATH, "0"),
+    "deepmath-103k": (DEEPMATH, "0"),
+    "deepscaler": ({"problem": "q", "answer": "-1", "solution": ""}, "-1"),
+    "gsm8k": (GSM8K, "2"),
+    "gsm8k-train": (GSM8K, "2"),
+    "gsm8k-test": (GSM8K, "2"),
+}
+
+
+def table(file, rows):
+    """The bytes of a file of that kind with these rows."""
+    if file.endswith(".parquet"):
+        sink = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows), sink)
+        return sink.getvalue()
+    text = json.dumps(rows) if file.endswith(".json") else "\n".join(map(json.dumps, rows))
+    return text.encode()
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """made({file: rows}) puts files in place of the hub's; the list of what was asked for."""
     asked = []
 
-    def fake(repo, file, revision):
-        assert len(revision) == 40 and int(revision, 16)
-        path = tmp_path / f"{name}-{len(asked)}-{os.path.basename(file)}"
-        asked.append((repo, file))
-        if file.endswith(".parquet"):
-            pq.write_table(pa.Table.from_pylist(rows[name]), path)
-        else:
-            path.write_text(json.dumps(rows[name] if file.endswith(".json") else rows[name][0]))
-        return str(path)
+    def make(rows_of):
+        def fake(repo, file, revision, sha256=None):
+            asked.append((repo, file, revision, sha256))
+            path = tmp_path / str(len(asked)) / os.path.basename(file)
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(table(file, rows_of(file)))
+            return path
 
-    monkeypatch.setattr(data, "download", fake)
-    assert set(rows) == set(data.NAMED)
-    for name in data.NAMED:
-        asked.clear()
-        problem = load_problems(name, limit=1)[0]
-        assert (problem.question, problem.answer, problem.source) == ("q", gold[name], name)
-        assert asked == [
-            (data.NAMED[name][0], data.NAMED[name][2][0])
-        ]  # with a limit, the shards behind it are never fetched
+        monkeypatch.setattr(data, "download", fake)
+        return asked
+
+    return make
+
+
+@pytest.mark.parametrize("name", data.NAMED)
+def test_named_sets_are_pinned_and_read_through_one_function(name, made):
+    """The layouts of the real sets, as rows made here; only `download` is asked for a file."""
+    row, gold = LAYOUTS[name]
+    asked = made(lambda file: [row])
+    problem = load_problems(name, limit=1)[0]
+    assert (problem.question, problem.answer, problem.source) == ("q", gold, name)
+    named = data.NAMED[name]
+    first = next(iter(named.files))
+    # with a limit, the files behind the first are never fetched
+    assert asked == [(named.repo, first, named.revision, named.files[first])]
+    assert re.fullmatch("[0-9a-f]{40}", named.revision)
+    for sha256 in named.files.values():
+        assert (sha256 is None) == (name == "deepscaler") or re.fullmatch("[0-9a-f]{64}", sha256)
     asked.clear()
-    name = "deepmath"
-    assert len(load_problems(name)) == len(asked) == 10
+    load_problems(name, limit=1, revision="main")
+    assert asked == [(named.repo, first, "main", None)]  # another revision has other hashes
+
+
+def test_deepmath_is_a_draw_of_5000_and_the_whole_is_there_too(made):
+    """500 rows of each of ten files, the same ones for everybody, spread over the file."""
+    size = 520
+
+    def rows(file):
+        return [
+            {**DEEPMATH, "question": f"{file} {i}", "difficulty": i % 9} for i in range(1, size + 1)
+        ]
+
+    asked = made(rows)
+    drawn = load_problems("deepmath")
+    assert len(drawn) == 5000 and len(asked) == 10 and len({p.question for p in drawn}) == 5000
+    numbers = [int(p.question.split()[-1]) for p in drawn]
+    assert all(numbers[i : i + 500] == sorted(numbers[i : i + 500]) for i in range(0, 5000, 500))
+    # from a shell: for i in $(seq 0 519); do echo $(printf "0 0 $i" | sha256sum) $i; done | sort | tail -20
+    missing = set(range(1, size + 1)) - set(numbers[:500])
+    assert missing == {i + 1 for i in data.order(size, 0, 0)[500:]}
+    assert set(numbers[:500]) != set(numbers[500:1000])  # each file has a draw of its own
+    assert load_problems("deepmath") == drawn
+    asked.clear()
+    assert load_problems("deepmath", limit=2) == drawn[:2] and len(asked) == 1
+    assert [
+        p.meta["difficulty"] for p in load_problems("deepmath", limit=9, difficulty=(5, 8))
+    ] == [n % 9 for n in numbers if n % 9 >= 5][:9]
+    assert len(load_problems("deepmath-103k")) == 10 * size
+
+
+def test_difficulty(tmp_path, made):
+    rows = [
+        {"question": "a", "answer": 1, "difficulty": 2.0},
+        {"question": "b", "answer": 1, "level": "Level 4"},
+        {"question": "c", "answer": 1, "level": 5},
+        {"question": "d", "answer": 1},
+        {"question": "e", "answer": 1, "difficulty": 1e308},
+        {"question": "f", "answer": 1, "difficulty": 10**400},
+        {"question": "g", "answer": 1, "difficulty": float("nan")},
+    ]
+    path = write(tmp_path / "a.jsonl", *rows)
+
+    def read(lowest, highest, **more):
+        return "".join(
+            p.question for p in load_problems(path, difficulty=(lowest, highest), **more)
+        )
+
+    assert (read(2, 4), read(4, 5), read(0, 9), read(0, 1e309)) == ("ab", "bc", "abc", "abcef")
+    assert read(2, 5, limit=2) == "ab"  # a number of problems, not of rows
+    with pytest.raises(DataError, match="a.jsonl: no problem has .* from 6 to 7; theirs go from 2"):
+        read(6, 7)
+    with pytest.raises(ValueError, match="lowest, highest"):
+        read(3, 2)
+    write(path, *rows[3:4])
+    with pytest.raises(DataError, match="no problem has .* from 6 to 7; it has no such column"):
+        read(6, 7)
+    asked = made(
+        lambda file: [{"question": f"{file} {i}", "final_answer": "1"} for i in range(1500)]
+    )
+    with pytest.raises(DataError, match="deepmath-103k: .*it has no such column"):
+        load_problems("deepmath-103k", difficulty=(5, 8))
+    assert len(asked) == 1  # that it has none is seen in the first file
+
+
+def test_which_sets_are_there_to_measure_with(tmp_path):
+    evaluation = {name for name in data.NAMED if data.is_evaluation(name)}
+    assert evaluation == {"math500", "amc23", "aime24", "aime25", "gsm8k-test"}
+    assert all(map(data.is_evaluation, ("words-test", "words-test:2:20", "sums-test")))
+    assert not any(
+        map(data.is_evaluation, ("words", "words:2", "sums", tmp_path / "x.jsonl", "gsm8k"))
+    )
+
+
+def test_sets_made_here_need_no_hub(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "download", lambda *a: pytest.fail("asked the hub"))
+    words = load_problems("words:2:20", limit=3)
+    assert [p.id for p in words] == [f"words:2:20 row {i}" for i in (1, 2, 3)]
+    assert pairs(words) == arithmetic.problems("words:2:20")[:3]
+    assert pairs(load_problems("sums-test", limit=256)) == pairs(
+        tiny.problems(256, 0, held_out=True)
+    )
+    assert not data.unverifiable(load_problems("words")) and words[0].source == "words:2:20"
+    with pytest.raises(FileNotFoundError, match="words:9"):
+        load_problems("words:9")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words").mkdir()
+    write(tmp_path / "words" / "x.jsonl", *ROWS)
+    assert pairs(load_problems("words")) == PAIRS  # a path that exists wins
+    for name in ("words", "sums", "words/x.jsonl"):
+        with pytest.raises(ValueError, match="has no revisions"):
+            load_problems(name, revision="main")
 
 
 def test_a_local_path_never_asks_the_hub(tmp_path, monkeypatch):
@@ -473,48 +674,55 @@ def test_a_local_path_never_asks_the_hub(tmp_path, monkeypatch):
     assert pairs(load_problems("math500")) == PAIRS
 
 
-class Response:
-    status_code, headers, request = 404, {}, None
+FILES = {  # a file of each kind as the hub has it
+    "aime25": ("test.jsonl", [{"problem": f"q{i}", "answer": "70", "id": i} for i in range(30)]),
+    "deepscaler": ("deepscaler.json", [{"problem": f"q{i}", "answer": "-1"} for i in range(30)]),
+    "gsm8k-test": (f"main/{data.PARQUET}", [GSM8K | {"question": f"q{i}"} for i in range(30)]),
+}
 
 
-def hub_error(kind):
-    return kind("first line\nsecond line", response=Response())
+def in_cache(cache, monkeypatch, name):
+    """A set in the cache, at the commit and with the hash that NAMED has."""
+    file, rows = FILES[name]
+    content, named = table(file, rows), data.NAMED[name]
+    sha256 = hashlib.sha256(content).hexdigest()
+    monkeypatch.setitem(data.NAMED, name, replace(named, files={file: sha256}))
+    return fill(cache, "dataset", named.repo, {file: content}, named.revision) / file
 
 
-@pytest.mark.parametrize(
-    "error, why",
-    [
-        (hub_error(errors.GatedRepoError), "access is restricted"),
-        (hub_error(errors.RepositoryNotFoundError), "private one"),
-        (hub_error(errors.RevisionNotFoundError), "no such revision"),
-        (hub_error(errors.RemoteEntryNotFoundError), "no such file"),
-        (errors.LocalEntryNotFoundError("x\ny"), "not in the cache"),
-        (errors.OfflineModeIsEnabled("x"), "not in the cache"),
-        (hub_error(errors.HfHubHTTPError), "HfHubHTTPError: first line"),
-        (RuntimeError("timed out"), "RuntimeError: timed out"),
-        (errors.EntryNotFoundError("x"), "no such file"),
-        (OSError(28, "No space left on device"), "No space left"),
-    ],
-)
-def test_hub_errors_say_what_and_what_to_do(monkeypatch, error, why):
-    def fail(*args, **kwargs):
-        raise error
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("how", ["zeros", "short", "a portal's page", *range(5, 2000, 113)])
+def test_damaged_set_in_the_cache_is_not_read(tmp_path, monkeypatch, name, how):
+    path = in_cache(empty_cache(tmp_path, monkeypatch), monkeypatch, name)
+    assert len(load_problems(name)) == 30
+    damage(path, how)
+    named = data.NAMED[name]
+    command = (
+        f"`hf download {named.repo} {FILES[name][0]} --force-download --repo-type dataset "
+        f"--revision {named.revision}`"
+    )
+    with pytest.raises(DataError, match="is damaged") as e:
+        load_problems(name)
+    assert command in str(e.value) and "\n" not in str(e.value)
+    # the same where the cache has no links and the hash is not known: what cannot be read says so too
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+    monkeypatch.setitem(data.NAMED, name, replace(named, files=dict.fromkeys(named.files)))
+    if isinstance(how, str) and not (how == "short" and path.suffix == ".jsonl"):
+        with pytest.raises(DataError) as e:
+            load_problems(name)
+        assert command in str(e.value) and "\n" not in str(e.value)
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    with pytest.raises(DataError, match=why) as e:
+
+def test_hub_errors_say_what_and_what_to_do(monkeypatch):
+    def fail(*args):
+        raise hub.HubError("cannot get it: why; what to do")
+
+    monkeypatch.setattr(hub, "fetch", fail)
+    with pytest.raises(DataError, match="cannot get it: why; what to do") as e:
         load_problems("aime25")
-    message = str(e.value)
-    assert "\n" not in message and e.value.__suppress_context__
-    cache = huggingface_hub.constants.HF_HUB_CACHE
-    for part in (
-        "math-ai/aime25",
-        data.NAMED["aime25"][1],
-        "test.jsonl",
-        str(cache),
-        "hf download",
-        "HF_HOME",
-    ):
-        assert part in message
+    assert e.value.__suppress_context__ and e.value.exit_code == 3
 
 
 def test_offline_means_not_one_request(tmp_path, monkeypatch):
@@ -649,13 +857,12 @@ def test_answer_class(name, answers):
 
 def test_select_filters_and_says_what_removed_what(caplog):
     problems = [
-        Problem("one", "1", meta={"difficulty": 2.0}),
-        Problem("a b c", "yes", meta={"level": "Level 4"}),
-        Problem("d e", "\\pi", meta={"level": 5}),
+        Problem("one", "1"),
+        Problem("a b c", "yes"),
+        Problem("d e", "\\pi"),
         Problem("none", "3"),
     ]
     assert data.select(problems) == problems
-    assert data.select(problems, difficulty=(2, 4)) == problems[:2]
     assert data.select(problems, classes=["integer", "expression"]) == [
         problems[0],
         problems[2],
@@ -670,9 +877,9 @@ def test_select_filters_and_says_what_removed_what(caplog):
     assert "max_tokens 2 removed 1 of 4" in caplog.text
     with pytest.raises(
         DataError,
-        match=r"none of 4 problems is left: difficulty \(4, 5\) removed 2, classes \['integer'\] removed 2",
+        match=r"none of 4 problems is left: classes \['decimal'\] removed 4",
     ):
-        data.select(problems, difficulty=(4, 5), classes=["integer"])
+        data.select(problems, classes=["decimal"])
     with pytest.raises(ValueError, match="'number'; there are yes/no, integer"):
         data.select(problems, classes=["number"])
     with pytest.raises(DataError, match="there were none"):
@@ -706,6 +913,46 @@ def test_overlap_equal_and_partial():
     assert equal == [(1, 1), (4, 3)]
     assert shared == {0: 6 / 21, 3: 6 / 11}  # w0..w24 hold 6 runs of 20 words, of 21 and of 11
     assert data.overlap(mine, others, n=26)[1] == {}
+
+
+SAME = [
+    ("What is  $x + 1$?", "what is $x+1$"),
+    ("Find \\(a\\, b\\) .", "Find $a b$"),
+    ("Let $f(x)=x^{2}$; find $f(1.5)$.", "Let \\[ f(x) = x^2 \\] Find \\quad $ f ( 1.5 ) $"),
+    ("Tom\u2019s \u201ccat\u201d, and dog", 'Tom\'s "cat" and dog!'),
+    ("It costs \\$5.", "It costs $5"),
+    ("\\left( 1, 2 \\right)", "(1,2)"),
+    ("STRASSE", "stra\u00dfe"),
+]
+OTHER = [
+    ("What is 3+1?", "What is 3-1?"),
+    ("What is 1.5?", "What is 15?"),
+    ("What is .5?", "What is 5?"),
+    ("1 2", "12"),
+    ("\\alpha b", "\\beta b"),
+    ("x < 2", "x > 2"),
+    ("\\frac{1}{23}", "\\frac{12}{3}"),
+    ("ab", "a b"),
+    ("?", "!"),
+]
+
+
+@pytest.mark.parametrize("a, b", SAME)
+def test_questions_that_differ_in_nothing_that_counts(a, b):
+    assert data.normalised(a) == data.normalised(b)
+
+
+@pytest.mark.parametrize("a, b", OTHER)
+def test_questions_that_differ(a, b):
+    assert data.normalised(a) != data.normalised(b)
+
+
+def test_shared_questions_are_dropped_from_training_and_counted():
+    train = [Problem(a, "1") for a, _ in (*SAME, *OTHER)]
+    tests = [Problem(b, "2") for _, b in (*SAME, *OTHER)]
+    assert data.without_shared(train, tests) == ([Problem(a, "1") for a, _ in OTHER], len(SAME))
+    assert data.without_shared(train, train) == ([], len(train))
+    assert data.without_shared(train, []) == (train, 0)
 
 
 # ------------------------------------------------------------------------------------------------------------------ the command
@@ -761,6 +1008,34 @@ def test_command_reports_and_exits_with_its_codes(tmp_path):
         usage = run(*args)
         assert usage.returncode == 2 and "Traceback" not in usage.stderr, usage.stderr
     assert "default: 0" in run("--help").stdout
+
+
+@pytest.mark.parametrize(
+    "text, wanted", [("5-8", (5, 8)), ("6", (6, 6)), ("5.5-8", (5.5, 8)), ("0-10", (0, 10))]
+)
+def test_span(text, wanted):
+    assert data.span(text) == wanted
+
+
+@pytest.mark.parametrize(
+    "text", ["", "8-5", "-1", "5-", "-", "a", "5-8-9", "nan", "inf", "1e3", "5 8"]
+)
+def test_span_refuses(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="5-8 or 6"):
+        data.span(text)
+
+
+def test_command_reads_sets_made_here_and_says_nothing_of_others_logs():
+    got = run("words:2:20", "--limit", "5", "--against", "words-test:2:20")
+    assert got.returncode == 0 and "5 problems of 5 rows" in got.stdout, got.stderr
+    assert "0 questions are equal" in got.stdout
+    script = (
+        "import sys, logging, data; sys.argv = ['data.py', 'words', '--limit', '1']; data.main();"
+        "logging.getLogger('httpx').info('HTTP Request'); data.log.info('ours')"
+    )
+    folder = os.path.dirname(data.__file__)
+    got = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=folder)
+    assert "HTTP Request" not in got.stderr and "ours" in got.stderr
 
 
 def test_self_check_finds_answers_that_no_response_can_match():
