@@ -26,7 +26,7 @@ import threading
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import constants, errors
+from huggingface_hub import constants
 
 COMMIT = r"[0-9a-f]{40}"
 
@@ -98,14 +98,14 @@ def check(path, sha256=None, once=False):
     marker = cache / "nanobupo" / "checked" / wanted
     about = os.stat(path)
     stamp = f"{about.st_size} {about.st_mtime_ns}"
-    if once and marker.is_file() and marker.read_text() == stamp:
+    if once and _reads(marker, stamp):
         return
     if once and about.st_size > 1e9:
         print(f"checking {path} ({about.st_size / 1e9:.1f} GB), once", file=sys.stderr, flush=True)
-    found = _hash(path, about.st_size, wanted)
-    if found != wanted:
+    found = _hashes(path, about.st_size, wanted)
+    if wanted not in found:
         raise HubError(
-            f"{path}: the file is damaged (its hash is {found[:12]}, that of the hub's file "
+            f"{path}: the file is damaged (its hash is {found[0][:12]}, that of the hub's file "
             f"{wanted[:12]}); {again(path)}"
         )
     if once:
@@ -116,16 +116,23 @@ def check(path, sha256=None, once=False):
             pass  # a home that cannot be written to: the next start reads the weights once more
 
 
-def _hash(path, size, wanted):
-    """SHA-256, or git's SHA-1 of a blob where `wanted` is as long as one."""
-    if len(wanted) == 64:
-        digest = hashlib.sha256()
-    else:
-        digest = hashlib.sha1(f"blob {size}\0".encode())
+def _reads(marker, text):
+    try:
+        return marker.read_text() == text
+    except (OSError, ValueError):
+        return False
+
+
+def _hashes(path, size, wanted):
+    """SHA-256; where `wanted` is shorter git's SHA-1 and the plain one, as some mirrors have it."""
+    digests = [hashlib.sha256()]
+    if len(wanted) == 40:
+        digests = [hashlib.sha1(f"blob {size}\0".encode()), hashlib.sha1()]
     with open(path, "rb") as f:
         while piece := f.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
+            for digest in digests:
+                digest.update(piece)
+    return [digest.hexdigest() for digest in digests]
 
 
 # ------------------------------------------------------------------ the cache first, then the hub
@@ -160,8 +167,8 @@ def snapshot(repo, revision, patterns, complete):
         )
         if complete(Path(folder)):
             return Path(folder)
-    except errors.LocalEntryNotFoundError:
-        pass
+    except FileNotFoundError:
+        pass  # not there, or by the library's own list not whole
     except Exception as e:
         raise _not_had("model", repo, revision, "", why(e)) from None
     return Path(_ask("model", repo, revision, patterns=patterns))
@@ -227,18 +234,17 @@ def _not_had(kind, repo, revision, file, reason):
 def why(error):
     """One line about an exception of the hub's library; its http client's and the system's have no
     common class."""
+    from huggingface_hub import errors  # here: it takes a quarter of a second
+
+    absent = "it is not in the cache and the hub cannot be asked"
     known = (
         (
             errors.GatedRepoError,
-            "access is restricted (403): ask for it on its page, then `hf auth login`",
+            "access is restricted (403): ask on its page, then `hf auth login`",
         ),
-        (
-            errors.RepositoryNotFoundError,
-            "it does not exist, or is private (401, 404): `hf auth login` if it is yours",
-        ),
+        (errors.RepositoryNotFoundError, "none of that name, or a private one: `hf auth login`"),
         (errors.RevisionNotFoundError, "there is no such revision"),
-        (errors.LocalEntryNotFoundError, "it is not in the cache and the hub cannot be asked"),
-        (errors.OfflineModeIsEnabled, "it is not in the cache and the hub cannot be asked"),
+        ((errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled), absent),
         (errors.EntryNotFoundError, "there is no such file in it"),
     )
     for kind, text in known:

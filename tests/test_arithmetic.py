@@ -97,7 +97,8 @@ def test_held_out_parts_are_disjoint_from_all_that_is_trained_on():
 
 
 def test_the_sets_are_the_same_for_everybody():
-    """A change of these breaks the resume of every run on them, and comparisons with other people's."""
+    """A change of these breaks the resume of every run on them, and comparisons with other
+    people's."""
     prints = {
         name: data.fingerprint(data.load_problems(name))[:16]
         for name in ("words", "words:2:20", "sums")

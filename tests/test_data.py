@@ -1,4 +1,5 @@
-"""data.py: every format and alias, rows that cannot be used, the hub without a hub, the order of training, the report."""
+"""data.py: every format and alias, rows that cannot be used, the hub without a hub, the order of
+training, the report."""
 
 import argparse
 import hashlib
@@ -62,7 +63,7 @@ def verl(question, answer, **more):
     }
 
 
-# ------------------------------------------------------------------------------------------------------------------ formats
+# ---------------------------------------------------------------------------------------- formats
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,8 @@ def test_parquet_verl_rows(tmp_path):
 
 
 def test_parquet_reads_only_the_columns_it_uses(tmp_path):
-    """DeepMath's layout. The bytes of the column that must not be read are destroyed: reading it would raise."""
+    """DeepMath's layout. The bytes of the column that must not be read are destroyed: reading it
+    would raise."""
     path, n = tmp_path / "d.parquet", 3000
     junk = [f"a long solution number {i}" * 5 for i in range(n)]
     pq.write_table(
@@ -145,7 +147,7 @@ def test_folder_reads_its_files_in_order_of_name(tmp_path):
     ]
 
 
-# ------------------------------------------------------------------------------------------------------------------ fields
+# ----------------------------------------------------------------------------------------- fields
 
 
 @pytest.mark.parametrize(
@@ -236,7 +238,7 @@ def test_ids_and_meta(tmp_path):
     ]
 
 
-# ------------------------------------------------------------------------------------------------------------------ bad rows
+# --------------------------------------------------------------------------------------- bad rows
 
 GOOD = [{"question": f"good {i}", "answer": i} for i in range(99)]
 BAD = {
@@ -508,7 +510,7 @@ def test_names_that_lead_nowhere(tmp_path):
         load_problems("math500", limit=0)
 
 
-# ------------------------------------------------------------------------------------------------------------------ the hub
+# ---------------------------------------------------------------------------------------- the hub
 
 
 DEEPMATH = {"question": "q", "final_answer": "0", "difficulty": 4.5, "r1_solution_1": "\\boxed{1}"}
@@ -590,7 +592,9 @@ def test_deepmath_is_a_draw_of_5000_and_the_whole_is_there_too(made):
     assert len(drawn) == 5000 and len(asked) == 10 and len({p.question for p in drawn}) == 5000
     numbers = [int(p.question.split()[-1]) for p in drawn]
     assert all(numbers[i : i + 500] == sorted(numbers[i : i + 500]) for i in range(0, 5000, 500))
-    # from a shell: for i in $(seq 0 519); do echo $(printf "0 0 $i" | sha256sum) $i; done | sort | tail -20
+    # from a shell: for i in $(seq 0 519); do echo $(printf "0 0 $i" | sha256sum) $i; done | sort
+    # (rows count from 1); the last 20 lines are the rows that are not drawn
+    assert data.drawn(8, number=0, size=3) == {8, 1, 6}
     missing = set(range(1, size + 1)) - set(numbers[:500])
     assert missing == {i + 1 for i in data.order(size, 0, 0)[500:]}
     assert set(numbers[:500]) != set(numbers[500:1000])  # each file has a draw of its own
@@ -704,7 +708,8 @@ def test_damaged_set_in_the_cache_is_not_read(tmp_path, monkeypatch, name, how):
     with pytest.raises(DataError, match="is damaged") as e:
         load_problems(name)
     assert command in str(e.value) and "\n" not in str(e.value)
-    # the same where the cache has no links and the hash is not known: what cannot be read says so too
+    # the same where the cache has no links and the hash is not known: what cannot be read says so
+    # too
     content = path.read_bytes()
     path.unlink()
     path.write_bytes(content)
@@ -726,7 +731,8 @@ def test_hub_errors_say_what_and_what_to_do(monkeypatch):
 
 
 def test_offline_means_not_one_request(tmp_path, monkeypatch):
-    """The real library with HF_HUB_OFFLINE (set in conftest.py) and an empty cache: an answer at once, and no connection tried."""
+    """The real library with HF_HUB_OFFLINE (set in conftest.py) and an empty cache: an answer at
+    once, and no connection tried."""
     assert huggingface_hub.constants.HF_HUB_OFFLINE
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     tried = []
@@ -737,7 +743,7 @@ def test_offline_means_not_one_request(tmp_path, monkeypatch):
     assert not tried
 
 
-# ------------------------------------------------------------------------------------------------------------------ order
+# ------------------------------------------------------------------------------------------ order
 
 
 def some(n):
@@ -753,7 +759,8 @@ def test_order_is_a_permutation_that_depends_on_its_arguments_alone():
     }
     assert all(sorted(o) == list(range(n)) for (n, _, _), o in orders.items())
     assert len({tuple(o) for (n, _, _), o in orders.items() if n == 50}) == 4
-    # from a shell: for i in 0 1 2 3 4 5 6 7; do echo $(printf "0 0 $i" | sha256sum) $i; done | sort. A change breaks every run's resume.
+    # from a shell: for i in 0 1 2 3 4 5 6 7; do echo $(printf "0 0 $i" | sha256sum) $i; done |
+    # sort. A change breaks every run's resume.
     assert data.order(8, seed=0, epoch=0) == [7, 0, 5, 1, 2, 3, 6, 4]
     fresh = subprocess.run(
         [sys.executable, "-c", "import data; print(data.order(50, 1, 1))"],
@@ -766,7 +773,7 @@ def test_order_is_a_permutation_that_depends_on_its_arguments_alone():
 
 
 def test_order_is_uniform():
-    """Each of 5 problems comes first in about a fifth of 2,000 epochs: 400, standard deviation 18."""
+    """Each of 5 problems is first in a fifth of 2,000 epochs: 400, standard deviation 18."""
     first = [data.order(5, seed=3, epoch=e)[0] for e in range(2000)]
     assert all(abs(first.count(i) - 400) < 4.5 * 18 for i in range(5))
 
@@ -783,7 +790,8 @@ def test_batches_walk_through_epochs():
 
 
 def test_batch_is_a_function_of_the_step():
-    """What a resumed run sees at step k does not depend on which steps were drawn before it, or in which order."""
+    """What a resumed run sees at step k does not depend on which steps were drawn before it, or in
+    which order."""
     problems = some(7)
     forward = [data.batch(problems, k, 3, seed=0) for k in range(1, 20)]
     data._order.cache_clear()
@@ -809,7 +817,7 @@ def test_batch_refuses(problems, step, size):
         data.batch(problems, step, size, seed=0)
 
 
-# ------------------------------------------------------------------------------------------------------------------ choosing
+# --------------------------------------------------------------------------------------- choosing
 
 
 @pytest.mark.parametrize(
@@ -955,7 +963,7 @@ def test_shared_questions_are_dropped_from_training_and_counted():
     assert data.without_shared(train, []) == (train, 0)
 
 
-# ------------------------------------------------------------------------------------------------------------------ the command
+# ------------------------------------------------------------------------------------ the command
 
 
 def run(*args):
@@ -1043,7 +1051,7 @@ def test_self_check_finds_answers_that_no_response_can_match():
     assert data.unverifiable(problems) == [problems[1]]
 
 
-# ------------------------------------------------------------------------------------------------------------------ the real files
+# --------------------------------------------------------------------------------- the real files
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""hub.py: a cache laid out as the library lays it out, damaged in many ways, and a hub on the loopback that hangs."""
+"""hub.py: a cache laid out as the library lays it out, damaged in many ways, and a hub on the
+loopback that hangs."""
 
 import hashlib
 import http.server
@@ -29,7 +30,8 @@ def blob_name(name, content):
 
 
 def fill(cache, kind, repo, files, commit=COMMIT):
-    """Write {name: bytes} into a cache as huggingface_hub does: blobs named by hash, links to them. The snapshot."""
+    """Write {name: bytes} into a cache as huggingface_hub does: blobs named by hash, links to
+    them. The snapshot."""
     folder = cache / f"{kind}s--{repo.replace('/', '--')}"
     (folder / "blobs").mkdir(parents=True, exist_ok=True)
     (folder / "refs").mkdir(exist_ok=True)
@@ -58,7 +60,8 @@ def cache(tmp_path, monkeypatch):
 
 
 def damage(path, how):
-    """Put what a bad week leaves in place of a file's content; the file's own blob, its name as it was."""
+    """Put what a bad week leaves in place of a file's content; the file's own blob, its name as it
+    was."""
     content = bytearray(path.read_bytes())
     if how == "zeros":
         content = bytes(len(content))
@@ -71,7 +74,7 @@ def damage(path, how):
     path.resolve().write_bytes(content)
 
 
-# ---------------------------------------------------------------------- what a path in the cache says
+# ------------------------------------------------------------------ what a path in the cache says
 
 
 def test_a_path_in_the_cache_tells_its_repository_and_commit(cache, tmp_path, monkeypatch):
@@ -103,7 +106,7 @@ def test_a_path_in_the_cache_tells_its_repository_and_commit(cache, tmp_path, mo
     assert hub.again(tmp_path / "x.parquet") == "fetch or write it again"
 
 
-# ------------------------------------------------------------------------------------- damaged files
+# ---------------------------------------------------------------------------------- damaged files
 
 
 @pytest.mark.parametrize("name", ["test.parquet", "test.jsonl"])
@@ -133,7 +136,15 @@ def test_what_has_no_hash_is_checked_by_the_one_that_is_known(cache):
     (folder / "config.json").resolve().rename(folder / "etag-of-a-mirror")
     (folder / "config.json").unlink()
     (folder / "config.json").symlink_to("etag-of-a-mirror")
-    hub.check(folder / "config.json")  # a mirror's names are no hashes
+    hub.check(folder / "config.json")  # a mirror's names need not be hashes
+    plain = hashlib.sha1(b"{}").hexdigest()
+    (folder / "etag-of-a-mirror").rename(folder / plain)
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to(plain)
+    hub.check(folder / "config.json")  # or another kind of hash
+    damage(folder / "config.json", 0)
+    with pytest.raises(hub.HubError, match="damaged"):
+        hub.check(folder / "config.json")
 
 
 def test_blob_that_is_itself_a_link_keeps_its_name(cache):
@@ -153,8 +164,8 @@ def test_blob_that_is_itself_a_link_keeps_its_name(cache):
 def test_weights_are_read_once(cache, tmp_path, monkeypatch):
     file = fill(cache, "model", "a/b", {"model.safetensors": b"weights"}) / "model.safetensors"
     reads = []
-    whole = hub._hash
-    monkeypatch.setattr(hub, "_hash", lambda *a: reads.append(a) or whole(*a))
+    whole = hub._hashes
+    monkeypatch.setattr(hub, "_hashes", lambda *a: reads.append(a) or whole(*a))
     hub.check(file, once=True)
     hub.check(file, once=True)
     assert len(reads) == 1
@@ -173,7 +184,7 @@ def test_weights_are_read_once(cache, tmp_path, monkeypatch):
     hub.check(file, once=True)
 
 
-# --------------------------------------------------------------------------- the cache first, or not at all
+# ----------------------------------------------------------------- the cache first, or not at all
 
 
 def test_what_is_cached_costs_no_request(cache, monkeypatch):
@@ -216,7 +227,7 @@ def reply(kind):
     "error, said",
     [
         (reply(errors.GatedRepoError), "access is restricted"),
-        (reply(errors.RepositoryNotFoundError), "is private"),
+        (reply(errors.RepositoryNotFoundError), "a private one"),
         (reply(errors.RevisionNotFoundError), "no such revision"),
         (reply(errors.RemoteEntryNotFoundError), "no such file"),
         (errors.LocalEntryNotFoundError("x\ny"), "not in the cache"),
@@ -232,7 +243,7 @@ def test_why(error, said):
     assert said in hub.why(error) and "\n" not in hub.why(error)
 
 
-# ---------------------------------------------------------------------------------- a hub on the loopback
+# -------------------------------------------------------------------------- a hub on the loopback
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -365,7 +376,8 @@ except KeyboardInterrupt:
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_signal_ends_a_download_at_once(cache, server, number, code):
-    """Ctrl-C, and also a death that nothing can be done about: no download goes on behind anybody's back."""
+    """Ctrl-C, and also a death that nothing can be done about: no download goes on behind
+    anybody's back."""
     server.mode, server.files = "slow", {"x.parquet": b"content"}
     script = SCRIPT.format(commit=COMMIT)
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE)
