@@ -32,6 +32,8 @@ from safetensors.torch import save_file
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+import hub
+
 # ---------------------------------------------------------------------------------------------------------------------
 # names people type -> hub repositories
 
@@ -564,25 +566,45 @@ def hf_tensors(c: Config) -> dict[str, tuple[str, int, int]]:
     return out
 
 
-def resolve(name_or_folder) -> Path:
-    """Folder of a model: a path as it is (no network), a preset of HUB or an `owner/name` from the hub's cache, downloaded if need be.
+def resolve(name_or_folder, revision=None) -> Path:
+    """Folder of a model: a path as it is (no network), a preset of HUB or an `owner/name`, from the hub's
+    cache if that has it, else downloaded.
 
-    Raises FileNotFoundError with one line: the repository, the cache and the ways out.
+    revision: a branch, tag or commit of the hub's repository; `hub.commit(folder)` says which commit came.
+    Raises FileNotFoundError with one line: the repository, the cache and the ways out; CheckpointError for a
+    damaged file in the cache. Weights are compared with their hash once, all other files every time.
     """
     path, name = Path(name_or_folder), str(name_or_folder)
-    if path.is_dir(): return path
+    if path.is_dir():
+        if revision:
+            raise ValueError(f"{name} is a folder: only a model from the hub has revisions")
+        return path
     repo = HUB.get(name.lower(), name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or name.startswith((".", "/")):
-        raise FileNotFoundError(f"{name}: no such folder, and no preset of that name; presets: {', '.join(HUB)}")
-    from huggingface_hub import constants, snapshot_download
-    try:
-        return Path(snapshot_download(repo, allow_patterns=["config.json", "model*.safetensors*", *TOKENIZER_FILES]))
-    except Exception as e:   # the hub library raises a dozen kinds, all of which mean: it is not here and could not be fetched
-        why = str(e).strip().splitlines()[0][:120] if str(e).strip() else type(e).__name__
         raise FileNotFoundError(
-            f"{name}: cannot get {repo} from the hub ({type(e).__name__}: {why}). Give a folder that holds it, or run `hf download {repo}` "
-            f"where there is a network, or set HF_HOME to a cache that has it (now {constants.HF_HOME}); a gated model also needs "
-            "`hf auth login`") from None
+            f"{name}: no such folder, and no preset of that name; presets: {', '.join(HUB)}"
+        )
+    patterns = ["config.json", "model*.safetensors*", *TOKENIZER_FILES]
+    try:
+        folder = hub.snapshot(repo, revision, patterns, _has_files)
+    except hub.HubError as e:
+        raise FileNotFoundError(f"{name}: {e}") from None
+    files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
+    try:
+        for file in files:
+            hub.check(file, once=file.suffix == ".safetensors")
+    except hub.HubError as e:
+        raise CheckpointError(str(e)) from None
+    return folder
+
+
+def _has_files(folder: Path) -> bool:
+    """Whether a folder of the hub's cache has the files that no model can do without."""
+    try:
+        files = _shard_files(folder)
+    except ValueError:
+        return True  # a damaged list of weights: no reason to ask the hub, `hub.check` says what to do
+    return all(f.exists() for f in [folder / "config.json", folder / "tokenizer.json", *files])
 
 
 def read_json(path: Path) -> dict:
@@ -597,20 +619,24 @@ def read_json(path: Path) -> dict:
     return out
 
 
-def _shards(folder: Path) -> list[Path]:
+def _shard_files(folder: Path) -> list[Path]:
+    """The files that hold the weights, whether they are there or not."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
-        files = [folder / "model.safetensors"]
-    else:
-        names = read_json(index).get("weight_map")
-        names = sorted({str(n) for n in names.values()}) if isinstance(names, dict) else []
-        if not names: raise CheckpointError(f"{index}: no weight_map")
-        # a name, not a path: an index from the internet must not reach outside its folder (links of the hub's cache stay allowed)
-        if bad := [n for n in names if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", n)]:
-            raise CheckpointError(f"{index}: shard names must be plain file names, not {bad[0]!r:.80}")
-        files = [folder / n for n in names]
+        return [folder / "model.safetensors"]
+    names = read_json(index).get("weight_map")
+    names = sorted({str(n) for n in names.values()}) if isinstance(names, dict) else []
+    if not names: raise CheckpointError(f"{index}: no weight_map")
+    # a name, not a path: an index from the internet must not reach outside its folder (links of the hub's cache stay allowed)
+    if bad := [n for n in names if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", n)]:
+        raise CheckpointError(f"{index}: shard names must be plain file names, not {bad[0]!r:.80}")
+    return [folder / n for n in names]
+
+
+def _shards(folder: Path) -> list[Path]:
+    files = _shard_files(folder)
     if missing := [f.name for f in files if not f.exists()]:
-        raise CheckpointError(f"{folder}: missing weight files: {', '.join(missing):.4000}; download the folder again")
+        raise CheckpointError(f"{folder}: missing weight files: {', '.join(missing):.4000}; {hub.again(folder)}")
     return files
 
 
@@ -631,7 +657,7 @@ def load(name_or_folder, dtype=torch.float32, device="cpu") -> Transformer:
         try:
             handles.append(safe_open(path, framework="pt"))
         except (SafetensorError, OSError, ValueError) as e:
-            raise CheckpointError(f"{path}: not a readable safetensors file ({one_line([str(e)]):.100}); download it again") from None
+            raise CheckpointError(f"{path}: not a readable safetensors file ({one_line([str(e)]):.100}); {hub.again(path)}") from None
         for name in handles[-1].keys():
             view = handles[-1].get_slice(name)
             if name in found: wrong.append(f"{name} stands in two shards")

@@ -1,45 +1,67 @@
-"""The embedded default: arithmetic, a byte-level tokenizer, and a one-minute supervised warm-up that leaves a model able but unfocused.
+"""The embedded default: arithmetic, a byte-level tokenizer, and a one-minute supervised warm-up
+that leaves a model able but unfocused.
 
-The problems are sums of one-digit numbers. The warm-up shows two ways of answering, and which one a problem gets is chance:
+The problems are sums of one-digit numbers. The warm-up shows two ways of answering, and which one
+a problem gets is chance:
 
-    7+8+5        worked    7+8=15, 15+5=20. \\boxed{20}         right nearly always, for the model has learned its additions
-    7+8+5        blurted   \\boxed{23}                          a guess around the answer, right about one time in ten
+    7+8+5   worked    7+8=15, 15+5=20. \\boxed{20}    right nearly always: it has learned to add
+    7+8+5   blurted   \\boxed{23}                     a guess, right one time in ten
 
-So the model starts like a base model before RL: it can solve the problems, but mostly does not bother to. Nothing tells it later that
-working is better, only the reward of the final answer; that accuracy and length rise together is RL's own finding.
+So the model starts like a base model before RL: it can solve the problems, but mostly does not
+bother to. Nothing tells it later that working is better, only the reward of the final answer; that
+accuracy and length rise together is RL's own finding.
 
     python train.py
 """
+
 import json
 import random
-import zlib
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+import arithmetic
 from bupo import policy_logprobs
 from data import Problem
 from grpo import Response, collate, micro_batches
 from model import Config, Transformer, save
 from tokenizer import load as load_tokenizer
 
-CONFIG = Config("qwen3", vocab_size=260, d_model=64, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=16, d_mlp=192, tied=True, max_len=128)
-END = 256     # <|endoftext|>; ids 0..255 are the bytes
+CONFIG = Config(
+    "qwen3",
+    vocab_size=260,
+    d_model=64,
+    n_layers=4,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=16,
+    d_mlp=192,
+    tied=True,
+    max_len=128,
+)
+END = 256  # <|endoftext|>; ids 0..255 are the bytes
 # what `python train.py` means; any flag given on the command line overrides it
-DEFAULTS = dict(data="tiny", eval_data="tiny", system="", bupo_layer="3", bupo_steps="15", steps=60, prompts=32, group=8, mini_prompts=16,
-                lr=1e-4, max_new_tokens=64, max_prompt_tokens=32, slots=64, micro_tokens=4096, save_every=10, eval_every=10, eval_limit=256,
-                watch_layers=5)
-
-
-def problem(rng: random.Random, held_out=False) -> list[int]:
-    """Three to five numbers from 1 to 9 to be added. One question in ten, by a hash of its text, is held out and never trained on."""
-    while True:
-        numbers = [rng.randint(1, 9) for _ in range(rng.randint(3, 5))]
-        if (zlib.crc32(question(numbers).encode()) % 10 == 0) == held_out: return numbers
-
-
-def question(numbers): return "+".join(map(str, numbers))
+DEFAULTS = dict(
+    data="tiny",
+    eval_data="tiny",
+    system="",
+    bupo_layer="3",
+    bupo_steps="15",
+    steps=60,
+    prompts=32,
+    group=8,
+    mini_prompts=16,
+    lr=1e-4,
+    max_new_tokens=64,
+    max_prompt_tokens=32,
+    slots=64,
+    micro_tokens=4096,
+    save_every=10,
+    eval_every=10,
+    eval_limit=256,
+    watch_layers=5,
+)
 
 
 def worked(numbers):
@@ -57,42 +79,83 @@ def blurted(numbers, rng):
 
 
 def problems(n: int, seed: int, held_out=False) -> list[Problem]:
-    """n problems with their answers; the held-out ones are disjoint from all others, whatever the seeds."""
-    rng = random.Random(f"{seed} {held_out}")
-    drawn = [problem(rng, held_out) for _ in range(n)]
-    return [Problem(question(numbers), str(sum(numbers))) for numbers in drawn]
+    """n problems with their answers; the held-out ones are disjoint from all others, whatever the
+    seeds.
+
+    `load_problems("sums")` are those of seed 0, for any model.
+    """
+    return [Problem(text, answer) for text, answer in arithmetic.sums(n, seed, held_out)]
 
 
 def write_tokenizer(folder: Path):
     """A tokenizer.json with the 256 bytes as its vocabulary, no merges and one control token."""
-    # byte-level BPE files spell bytes as printable characters: the printable ones as themselves, the others from U+0100 on
+    # byte-level BPE files spell bytes as printable characters: the printable ones as themselves,
+    # the others from U+0100 on
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     other = [b for b in range(256) if b not in plain]
     spelling = {**{b: chr(b) for b in plain}, **{b: chr(256 + i) for i, b in enumerate(other)}}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    end = {"id": END, "content": "<|endoftext|>", "special": True, "single_word": False, "lstrip": False, "rstrip": False,
-           "normalized": False}
-    bpe = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-           "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "vocab": {spelling[b]: b for b in range(256)}, "merges": []}
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": False,
+        "use_regex": False,
+    }
+    end = {
+        "id": END,
+        "content": "<|endoftext|>",
+        "special": True,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+    }
+    bpe = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": {spelling[b]: b for b in range(256)},
+        "merges": [],
+    }
     files = {
-        "tokenizer.json": {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [end], "normalizer": None,
-                           "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level, "model": bpe},
-        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": "<|endoftext|>"},
+        "tokenizer.json": {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [end],
+            "normalizer": None,
+            "pre_tokenizer": byte_level,
+            "post_processor": None,
+            "decoder": byte_level,
+            "model": bpe,
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": None,
+            "eos_token": "<|endoftext|>",
+        },
         "generation_config.json": {"eos_token_id": END},
     }
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items(): (folder / name).write_text(json.dumps(content, indent=1) + "\n")
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def warm_up(folder: Path, seed: int, steps=600, batch=64, lr=3e-3) -> Path:
-    """Train from scratch on worked and blurted answers and write a Hugging Face folder; an existing one of the same seed is kept.
+    """Train from scratch on worked and blurted answers and write a Hugging Face folder; an
+    existing one of the same seed is kept.
 
-    Most examples are worked while the additions are learned; in the last quarter four in five are blurted, which is the habit that RL
-    then has to break. Returns the folder.
+    Most examples are worked while the additions are learned; in the last quarter four in five are
+    blurted, which is the habit that RL then has to break. Returns the folder.
     """
     done = folder / "warm_up.json"
     settings = {"seed": seed, "steps": steps, "batch": batch, "lr": lr}
-    if done.exists() and done.read_text() == json.dumps(settings) + "\n": return folder
+    if done.exists() and done.read_text() == json.dumps(settings) + "\n":
+        return folder
     print(f"first a model: a warm-up of about a minute, kept in {folder}", flush=True)
     write_tokenizer(folder)
     tokenizer, rng = load_tokenizer(folder), random.Random(seed)
@@ -100,12 +163,23 @@ def warm_up(folder: Path, seed: int, steps=600, batch=64, lr=3e-3) -> Path:
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     bar = tqdm(range(steps), desc="warm-up", unit="step", leave=False, disable=None)
     for step in bar:
-        for group in optimizer.param_groups: group["lr"] = lr * min(1, (step + 1) / 20) * max(0.02, 1 - step / steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 20) * max(0.02, 1 - step / steps)
         examples = []
         for _ in range(batch):
-            numbers = problem(rng)
-            answer = worked(numbers) if rng.random() < (0.8 if step < 0.75 * steps else 0.2) else blurted(numbers, rng)
-            examples.append(Response(tokenizer.chat(question(numbers), system=""), [*tokenizer.encode(answer), END], []))
+            numbers = arithmetic.draw_sum(rng)
+            answer = (
+                worked(numbers)
+                if rng.random() < (0.8 if step < 0.75 * steps else 0.2)
+                else blurted(numbers, rng)
+            )
+            examples.append(
+                Response(
+                    tokenizer.chat(arithmetic.sum_text(numbers), system=""),
+                    [*tokenizer.encode(answer), END],
+                    [],
+                )
+            )
         tokens, loss = sum(len(e.ids) for e in examples), 0.0
         for micro in micro_batches(examples, 4096):
             logprobs, _ = policy_logprobs(model, collate(micro), CONFIG.n_layers)
@@ -117,5 +191,5 @@ def warm_up(folder: Path, seed: int, steps=600, batch=64, lr=3e-3) -> Path:
         optimizer.zero_grad()
         bar.set_postfix_str(f"loss {loss:.3f}")
     save(model, folder, tokenizer_from=folder)
-    done.write_text(json.dumps(settings) + "\n")      # last: a warm-up cut short is done again
+    done.write_text(json.dumps(settings) + "\n")  # last: a warm-up cut short is done again
     return folder

@@ -1,150 +1,130 @@
-"""The arithmetic of a GPU run, on a CPU: bfloat16 weights, float32 gradients, an optimizer that owns the exact master."""
+"""arithmetic.py: the sums and word problems that are made here."""
 
-import copy
-from contextlib import nullcontext
+import re
 
 import pytest
-import torch
 
-import train
-from bupo import Schedule, backward
-from grpo import Response
-from model import Config, Transformer
-from optimizer import SplitAdamW
+import arithmetic
+import data
+from verify import verify
 
-CONFIG = Config("qwen3", 512, 128, 4, 4, 2, 32, 256, tied=True)
-N_VOCAB = 501
-
-
-def groups(n=8, size=4):
-    """Random responses with advantages of both signs."""
-    g = torch.Generator().manual_seed(1)
-
-    def ids(count):
-        return torch.randint(6, 500, (count,), generator=g).tolist()
-
-    out = []
-    for i in range(n):
-        prompt = ids(6 + i)
-        out.append([Response(prompt, ids(20 + 5 * j), [], (-1.0) ** j) for j in range(size)])
-    return out
+SETS = (
+    "words",
+    "words:2",
+    "words:1:20",
+    "words:4:4",
+    "words-test",
+    "words-test:2:20",
+    "sums",
+    "sums-test",
+)
 
 
-def build(mode, lr):
-    """A model and its optimizer, float32 as on a CPU or bfloat16 as on a GPU, both from the same checkpoint in bfloat16."""
-    model = Transformer(CONFIG).init_weights(0, 0.05).bfloat16()
-    if mode == "float32":
-        model = model.float()
-        return model, torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    return model, SplitAdamW(model.parameters(), lr=lr, moment_dtype=torch.float32)
+def solve(text):
+    """The answer of a word problem, read off its text alone."""
+    begins, *rest = re.split(r" and |\. Then |\. How", text, maxsplit=1)
+    rest = rest[0] if rest else ""
+    value = int(re.search(r"\d+", begins)[0])
+    if " boxes with " in begins:
+        value *= int(re.findall(r"\d+", begins)[1])
+    for phrase in re.split(r"\. Then |\. ", rest):
+        for n in map(int, re.findall(r"\d+", phrase)):
+            if "times as many" in phrase:
+                value *= n
+            elif "equal" in phrase or "equally" in phrase:
+                assert value % n == 0
+                value //= n
+            elif " more" in phrase:
+                value += n
+            else:
+                assert " of them" in phrase
+                value -= n
+        assert value > 0
+    return value
 
 
-def make_run(model, lr, mini_prompts):
-    """What train.update needs of a run."""
-    args = train.parse(["--lr", str(lr), "--mini-prompts", str(mini_prompts)])
-    args.max_new_tokens, args.logit_chunk, args.micro_tokens = 64, 64, 400
-    tokenizer = type("", (), {"n_vocab": N_VOCAB})
-    sampler = type("", (), {"model": model})
-    schedule = Schedule((), CONFIG.n_layers)
-    return train.Run(args, model, tokenizer, sampler, [], [], 0, "", schedule)
+@pytest.mark.parametrize("name", SETS)
+def test_answers_are_right_and_texts_are_clean(name):
+    problems = arithmetic.problems(name)
+    assert len(problems) == (arithmetic.TEST if "test" in name else arithmetic.TRAIN)
+    for question, answer in problems:
+        assert verify(f"\\boxed{{{answer}}}", answer) and int(answer) > 0
+        if name.startswith("sums"):
+            assert re.fullmatch(r"[1-9](\+[1-9]){2,4}", question)
+            assert sum(map(int, question.split("+"))) == int(answer)
+        else:
+            assert solve(question) == int(answer), question
+            assert question.endswith(("now?", "in all?")) and not re.search(
+                r"[{}]|  |\b1\b", question
+            )
+    if name.startswith("words"):
+        assert len({question for question, _ in problems}) == len(problems)
 
 
-def master(model, optimizer):
-    """The blocks' float32 matrices."""
-    exact = optimizer.master if isinstance(optimizer, SplitAdamW) else torch.Tensor.detach
-    matrices = [exact(p).flatten() for p in model.blocks.parameters() if p.dim() == 2]
-    return torch.cat(matrices)
+@pytest.mark.parametrize(
+    "name, operations, largest",
+    [("words", 1, 9), ("words:2", 2, 9), ("words:1:20", 1, 20), ("words-test:3:100", 3, 100)],
+)
+def test_difficulty_is_the_number_of_operations_and_the_largest_number(name, operations, largest):
+    seen = set()
+    for question, _ in arithmetic.problems(name):
+        numbers = [int(n) for n in re.findall(r"\d+", question)]
+        assert len(numbers) == operations + 1 and max(numbers) <= largest
+        seen |= set(numbers)
+    assert seen == set(range(2, largest + 1))
 
 
-def together(mode, lr, context=nullcontext):
-    """A step of four updates as train.py makes it."""
-    model, optimizer = build(mode, lr)
-    with context():
-        train.update(make_run(model, lr, 2), optimizer, groups(), CONFIG.n_layers)
-    return master(model, optimizer)
+def test_all_four_operations_occur_in_a_few_dozen_wordings():
+    wordings = set()
+    counts = dict.fromkeys("+-*/", 0)
+    for question, answer in arithmetic.problems("words"):
+        a, b = map(int, re.findall(r"\d+", question))
+        for operation, value in (("+", a + b), ("-", a - b), ("*", a * b), ("/", a / b)):
+            counts[operation] += value == int(answer)
+        wordings.add(
+            re.sub(r"\d+|^\w+|^A \w+|has \d+ \w+|How many \w+|does (the )?\w+", "", question)
+        )
+    assert min(counts.values()) > 200
+    assert len(wordings) > 24
 
 
-def one_at_a_time(mode, lr):
-    """The same four updates, each by a model that is built anew from the last one's weights."""
-    model, optimizer = build(mode, lr)
-    all_groups = groups()
-    run = make_run(model, lr, 2)
-    policy = dict(norm="none", **run.policy())
-    everything = [r for group in all_groups for r in group]
-    old = train.stored_logprobs(model, everything, CONFIG.n_layers, 400, **policy)
-    for response, logprobs in zip(everything, old, strict=True):
-        response.old_logprobs = logprobs
-    for i in range(0, 8, 2):
-        weights, state = model.state_dict(), optimizer.state_dict()
-        model, optimizer = build(mode, lr)
-        model.load_state_dict(weights)
-        optimizer.load_state_dict(copy.deepcopy(state))
-        mini = [r for group in all_groups[i : i + 2] for r in group]
-        backward(model, mini, CONFIG.n_layers, 400, **policy)
-        train.clip_gradients(model, 1.0)
-        optimizer.step()
-    return master(model, optimizer)
+def test_held_out_parts_are_disjoint_from_all_that_is_trained_on():
+    train, test = set(), set()
+    for name in SETS:
+        (test if "-test" in name else train).update(q for q, _ in arithmetic.problems(name))
+    assert not train & test and len(test) > 1000
+    assert all(map(arithmetic.is_held_out, test)) and not any(map(arithmetic.is_held_out, train))
 
 
-def start(mode):
-    return torch.cat([p.detach().float().flatten() for p in build(mode, 1.0)[0].blocks.parameters() if p.dim() == 2])
+def test_the_sets_are_the_same_for_everybody():
+    """A change of these breaks the resume of every run on them, and comparisons with other
+    people's."""
+    prints = {
+        name: data.fingerprint(data.load_problems(name))[:16]
+        for name in ("words", "words:2:20", "sums")
+    }
+    assert prints == {
+        "words": "c8917ae89e83252c",
+        "words:2:20": "926f1581023e982e",
+        "sums": "59d58c89a4a4a421",
+    }
 
 
-@pytest.mark.parametrize("mode", ["float32", "bfloat16"])
-def test_a_step_of_several_updates_is_the_updates_made_one_at_a_time(mode):
-    """No update may see weights from before the last one."""
-    a, b = together(mode, 1e-3), one_at_a_time(mode, 1e-3)
-    way = (b - start(mode)).norm()
-    assert way > 1 and (a - b).norm() / way < 1e-6
-
-
-def test_the_measure_sees_stale_weights():
-    """What an autocast that spans the updates does: it keeps its first casts of the weights, and the test above fails."""
-
-    def stale():
-        return torch.autocast("cpu", torch.bfloat16)
-
-    def fresh():
-        return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
-
-    a, b = together("float32", 1e-3, stale), together("float32", 1e-3, fresh)
-    assert (a - b).norm() / (b - start("float32")).norm() > 0.1
-
-
-def test_an_update_is_that_of_float32_masters_computing_in_bfloat16():
-    """The reference keeps float32 weights, and casts them for every product. A step of four updates at Adam's usual size of
-    steps: what the two differ by, over the length of the update, beside what bfloat16 costs the reference itself."""
-    lr = 1e-4
-    ours = together("bfloat16", lr) - start("bfloat16")
-
-    def cast():
-        return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
-
-    reference = together("float32", lr, cast) - start("float32")
-    exact = together("float32", lr) - start("float32")
-    apart = (ours - reference).norm() / reference.norm()
-    noise = (reference - exact).norm() / exact.norm()
-    print(f"against the reference {apart:.3f}, it against float32 {noise:.3f}, ours {(ours - exact).norm() / exact.norm():.3f}")
-    assert apart < 2 * noise < 0.2
-
-
-def joint_norm(tensors):
-    return torch.stack([t.norm() for t in tensors]).norm()
-
-
-def gradients(model, responses, micro_tokens, pack):
-    model.zero_grad()
-    backward(model, responses, CONFIG.n_layers, micro_tokens, n_vocab=N_VOCAB, pack=pack)
-    return [p.grad.clone() for p in model.parameters()]
-
-
-def test_the_gradient_does_not_depend_on_the_split():
-    """bfloat16 compute, packed as on a GPU: micro-batches of one response to all responses."""
-    model, _ = build("bfloat16", 1e-4)
-    responses = [r for group in groups() for r in group]
-    whole = gradients(model, responses, 10**6, True)
-    length = joint_norm(whole)
-    for micro_tokens in (40, 150, 600):
-        parts = gradients(model, responses, micro_tokens, True)
-        assert all(p.dtype == torch.float32 for p in parts)
-        assert joint_norm([a - b for a, b in zip(parts, whole, strict=True)]) < 2e-4 * length
+def test_other_names_and_difficulties():
+    for name in ("math500", "word", "words2", "wordss", "sums-tests", "sums/test", "x/words:1"):
+        assert arithmetic.problems(name) is None
+    for name in (
+        "words:",
+        "words:0",
+        "words:5",
+        "words:1:3",
+        "words:1:1001",
+        "words:x",
+        "words:1:20:3",
+        "sums:2",
+    ):
+        with pytest.raises(
+            FileNotFoundError, match=r"words\[:operations\[:largest number\]\]"
+        ) as e:
+            arithmetic.problems(name)
+        assert name in str(e.value)

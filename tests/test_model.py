@@ -5,6 +5,7 @@ import os
 import shutil
 import weakref
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -12,7 +13,9 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from test_hub import COMMIT, damage, empty_cache, fill
 
+import hub
 import model
 from model import Config, RMSNorm, Transformer
 
@@ -495,9 +498,72 @@ def test_an_unreachable_hub_names_the_repository_and_the_ways_out(monkeypatch):
 
 def test_presets_and_the_hub_give_folders(monkeypatch, folder):
     asked = []
+    (folder / "tokenizer.json").write_text("{}")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **kw: asked.append((repo, kw["allow_patterns"])) or str(folder))
     assert model.load("qwen3-0.6b-base").folder == folder == model.resolve("Some-one/some.model") and model.resolve(folder) == folder
     assert [repo for repo, _ in asked] == ["Qwen/Qwen3-0.6B-Base", "Some-one/some.model"]    # a folder asks nobody
     wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"]
     others = ["pytorch_model.bin", "modeling.py", "consolidated.safetensors", "original/consolidated.00.pth", "onnx/model.onnx"]
     assert sorted(huggingface_hub.utils.filter_repo_objects(wanted + others, allow_patterns=asked[0][1])) == wanted
+
+
+@pytest.fixture
+def cached(folder, tmp_path, monkeypatch):
+    """A model's folder in a cache laid out as the hub's library does it; no network."""
+    (folder / "tokenizer.json").write_text("{}")
+    files = {p.name: p.read_bytes() for p in folder.iterdir()}
+    return fill(empty_cache(tmp_path, monkeypatch), "model", "Qwen/Qwen3-4B", files)
+
+
+def test_cached_model_is_taken_as_it_is_and_its_commit_is_known(cached, monkeypatch):
+    for revision in (None, "main", COMMIT):
+        assert model.resolve("qwen3-4b", revision) == model.resolve("Qwen/Qwen3-4B", revision) == cached
+    assert hub.commit(cached) == COMMIT and model.load("qwen3-4b").folder == cached
+    with pytest.raises(FileNotFoundError, match="qwen3-4b: .* at revision v2: it is not in the cache"):
+        model.resolve("qwen3-4b", "v2")
+    with pytest.raises(ValueError, match="only a model from the hub has revisions"):
+        model.resolve(cached, COMMIT)
+    # the branch moves on: the commit that a run began with stays what it was
+    newer = fill(Path(huggingface_hub.constants.HF_HUB_CACHE), "model", "Qwen/Qwen3-4B",
+                 {p.name: p.read_bytes() for p in cached.iterdir()}, commit="d" * 40)
+    assert model.resolve("qwen3-4b") == newer and model.resolve("qwen3-4b", COMMIT) == cached
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_model_that_is_not_whole_in_the_cache_is_asked_for(cached, name):
+    (cached / name).unlink()
+    with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE is set") as e:
+        model.resolve("qwen3-4b")
+    assert "`hf download Qwen/Qwen3-4B`" in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize("how", ["zeros", "short", "a portal's page", 3, 300_001])
+def test_damaged_model_in_the_cache_is_not_loaded(cached, name, how):
+    path = cached / name
+    if isinstance(how, int): how %= 8 * path.stat().st_size
+    damage(path, how)
+    with pytest.raises(model.CheckpointError, match=f"{name}: the file is damaged") as e:
+        model.load("qwen3-4b")
+    assert f"`hf download Qwen/Qwen3-4B {name} --force-download --revision {COMMIT}`" in str(e.value) and "\n" not in str(e.value)
+    # the same where the cache has no links: what can be seen to be damaged says so too
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+    if name == "model.safetensors" and isinstance(how, str):
+        with pytest.raises(model.CheckpointError, match="hf download Qwen/Qwen3-4B model.safetensors --force-download"):
+            model.load("qwen3-4b")
+
+
+def test_damaged_list_of_shards_in_the_cache(folder, tmp_path, monkeypatch):
+    (folder / "tokenizer.json").write_text("{}")
+    files = {p.name: p.read_bytes() for p in model.save(model.load(folder), folder, shard_bytes=9000).iterdir()}
+    assert len(files) > 4 and "model.safetensors" not in files
+    snapshot = fill(empty_cache(tmp_path, monkeypatch), "model", "Qwen/Qwen3-4B", files)
+    assert model.load("qwen3-4b").folder == snapshot
+    (snapshot / sorted(name for name in files if name.endswith(".safetensors"))[1]).unlink()
+    with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE is set"):
+        model.resolve("qwen3-4b")
+    damage(snapshot / "model.safetensors.index.json", "zeros")
+    with pytest.raises(model.CheckpointError, match="index.json: the file is damaged"):
+        model.resolve("qwen3-4b")

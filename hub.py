@@ -1,0 +1,300 @@
+"""Files of the Hugging Face hub: from its cache if they are there, and only if they are what the
+hub has.
+
+    hub.fetch("dataset", "openai/gsm8k", revision, "main/test-00000-of-00001.parquet")   a path
+    hub.snapshot("Qwen/Qwen3-4B", None, ["config.json", "*.safetensors"], complete)      a folder
+    hub.commit(folder)                                              the commit that it stands for
+
+What the cache holds costs no request. What is missing is asked for with one line and a time limit,
+by a process of its
+own: Ctrl-C ends that one at once, whatever moves its bytes. The cache names each file by the hash
+of its content, and `check` compares: a cut file, a captive portal's page or a flipped bit ends in
+one line with the command that mends it.
+
+HF_HUB_OFFLINE=1 (not one request), HF_HOME, HF_ENDPOINT, HF_HUB_ETAG_TIMEOUT (seconds that the hub
+has to answer, 10) and the token of `hf auth login` work as they do everywhere.
+"""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import constants
+
+COMMIT = r"[0-9a-f]{40}"
+
+
+class HubError(ValueError):
+    """A file of the hub cannot be had, or is damaged. One line: what, where, and what to do."""
+
+
+def origin(path):
+    """(kind, repository, commit, file) of a path in the hub's cache, None for any other path.
+
+    CACHE/datasets--openai--gsm8k/snapshots/COMMIT/main/test.parquet is file main/test.parquet of
+    dataset openai/gsm8k.
+    """
+    parts = Path(
+        os.path.abspath(path)
+    ).parts  # not resolved: a snapshot's files are links that lead out of it
+    for i, (folder, middle, name) in enumerate(zip(parts, parts[1:], parts[2:], strict=False)):
+        repo = re.fullmatch(r"(model|dataset)s--([\w.-]+)", folder)
+        if repo and middle == "snapshots" and re.fullmatch(COMMIT, name):
+            return repo[1], repo[2].replace("--", "/"), name, "/".join(parts[i + 3 :])
+    return None
+
+
+def commit(path):
+    """The commit (40 hex digits) whose files a folder of the hub's cache holds; None for a folder
+    from elsewhere."""
+    found = origin(path)
+    return found and found[2]
+
+
+def command(kind, repo, revision=None, file="", *flags):
+    """The `hf download` that fetches it."""
+    words = ["hf download", repo, file, *flags]
+    if kind == "dataset":
+        words.append("--repo-type dataset")
+    if revision:
+        words.append(f"--revision {revision}")
+    return " ".join(word for word in words if word)
+
+
+def again(path):
+    """What to do about a damaged file, for the end of a message. Only --force-download replaces
+    one in the cache."""
+    found = origin(path)
+    if not found:
+        return "fetch or write it again"
+    kind, repo, revision, file = found
+    return f"run `{command(kind, repo, revision, file, '--force-download')}`"
+
+
+# ------------------------------------------------------------------------- is it what the hub has
+
+
+def check(path, sha256=None, once=False):
+    """Raise HubError if the file's content is not the one it should be.
+
+    sha256: its hash where it is known, else the name of its blob in the cache: SHA-256 of a large
+    file, git's SHA-1 of a small one. A file that has neither (copied, or a cache without links)
+    cannot be checked.
+    once: remember the verdict in the user's cache folder, until the file's size or time changes
+    (for weights).
+    """
+    blob = os.readlink(path) if os.path.islink(path) else ""
+    wanted = sha256 or os.path.basename(blob)
+    if not re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", wanted):
+        return
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    marker = cache / "nanobupo" / "checked" / wanted
+    about = os.stat(path)
+    stamp = f"{about.st_size} {about.st_mtime_ns}"
+    if once and _reads(marker, stamp):
+        return
+    if once and about.st_size > 1e9:
+        print(f"checking {path} ({about.st_size / 1e9:.1f} GB), once", file=sys.stderr, flush=True)
+    found = _hashes(path, about.st_size, wanted)
+    if wanted not in found:
+        raise HubError(
+            f"{path}: the file is damaged (its hash is {found[0][:12]}, that of the hub's file "
+            f"{wanted[:12]}); {again(path)}"
+        )
+    if once:
+        try:
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.write_text(stamp)
+        except OSError:
+            pass  # a home that cannot be written to: the next start reads the weights once more
+
+
+def _reads(marker, text):
+    try:
+        return marker.read_text() == text
+    except (OSError, ValueError):
+        return False
+
+
+def _hashes(path, size, wanted):
+    """SHA-256; where `wanted` is shorter git's SHA-1 and the plain one, as some mirrors have it."""
+    digests = [hashlib.sha256()]
+    if len(wanted) == 40:
+        digests = [hashlib.sha1(f"blob {size}\0".encode()), hashlib.sha1()]
+    with open(path, "rb") as f:
+        while piece := f.read(1 << 22):
+            for digest in digests:
+                digest.update(piece)
+    return [digest.hexdigest() for digest in digests]
+
+
+# ------------------------------------------------------------------ the cache first, then the hub
+
+
+def fetch(kind, repo, revision, file):
+    """Path of one file of a repository ("model" or "dataset") in the cache, downloaded if it is
+    not there."""
+    try:
+        cached = huggingface_hub.try_to_load_from_cache(
+            repo, file, revision=revision, repo_type=kind
+        )
+    except Exception as e:  # a cache that may not be read, a name that none can have
+        raise _not_had(kind, repo, revision, file, why(e)) from None
+    if isinstance(cached, str):
+        return Path(cached)
+    return Path(_ask(kind, repo, revision, file=file))
+
+
+def snapshot(repo, revision, patterns, complete):
+    """Folder of a model's files that match `patterns`, downloaded if the cache has not all of
+    them.
+
+    revision: a branch, tag or commit; None is the main branch, as it was when the cache first saw
+    it.
+    complete(folder) -> bool: whether the cache has what is needed. Older libraries cannot tell,
+    newer ones know the list.
+    """
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repo, revision=revision, allow_patterns=patterns, local_files_only=True
+        )
+        if complete(Path(folder)):
+            return Path(folder)
+    except FileNotFoundError:
+        pass  # not there, or by the library's own list not whole
+    except Exception as e:
+        raise _not_had("model", repo, revision, "", why(e)) from None
+    return Path(_ask("model", repo, revision, patterns=patterns))
+
+
+def _ask(kind, repo, revision, file="", patterns=None):
+    """Its path, once a process of its own has downloaded it. Raises HubError, and
+    KeyboardInterrupt at once."""
+    if constants.HF_HUB_OFFLINE:
+        raise _not_had(
+            kind, repo, revision, file, "it is not in the cache, and HF_HUB_OFFLINE is set"
+        )
+    if os.environ.get("RANK", "0") == "0":  # under torchrun one rank says it for all
+        what = _named(kind, repo, revision, file)
+        print(f"fetching {what} from {constants.ENDPOINT}", file=sys.stderr, flush=True)
+    request = dict(kind=kind, repo=repo, revision=revision, file=file, patterns=patterns)
+    request["cache"] = str(constants.HF_HUB_CACHE)
+    # stdin is held open for as long as this process lives: see `main`
+    child = subprocess.Popen(
+        [sys.executable, __file__, json.dumps(request)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        said = child.stdout.read()
+        child.wait()
+    except BaseException:  # Ctrl-C, or a signal that ends a run
+        child.send_signal(signal.SIGINT)  # lets it remove what is half done
+        try:
+            child.wait(1)
+        except subprocess.TimeoutExpired:
+            child.kill()
+        raise
+    finally:
+        child.stdin.close()
+        child.stdout.close()
+    if not said:
+        said = json.dumps({"why": f"the download ended with code {child.returncode}"})
+    answer = json.loads(said.splitlines()[-1])
+    if "why" in answer:
+        raise _not_had(kind, repo, revision, file, answer["why"])
+    return answer["path"]
+
+
+def _named(kind, repo, revision, file):
+    at = f" at revision {revision}" if revision else ""
+    return f"{file or 'the files'} of the hub's {kind} {repo}{at}"
+
+
+def _not_had(kind, repo, revision, file, reason):
+    return HubError(
+        f"cannot get {_named(kind, repo, revision, file)}: {reason}. "
+        f"Cache folder: {constants.HF_HUB_CACHE}. Run `{command(kind, repo, revision, file)}` "
+        "where there is a network, or set HF_HOME to a folder whose cache has it, or give the path "
+        "of a local copy"
+    )
+
+
+# --------------------------------------------------------------------- the process that downloads
+
+
+def why(error):
+    """One line about an exception of the hub's library; its http client's and the system's have no
+    common class."""
+    from huggingface_hub import errors  # here: it takes a quarter of a second
+
+    absent = "it is not in the cache and the hub cannot be asked"
+    known = (
+        (
+            errors.GatedRepoError,
+            "access is restricted (403): ask on its page, then `hf auth login`",
+        ),
+        (errors.RepositoryNotFoundError, "none of that name, or a private one: `hf auth login`"),
+        (errors.RevisionNotFoundError, "there is no such revision"),
+        ((errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled), absent),
+        (errors.EntryNotFoundError, "there is no such file in it"),
+    )
+    for kind, text in known:
+        if isinstance(error, kind):
+            return text
+    name = type(error).__name__
+    if "Timeout" in name:
+        return (
+            f"{constants.ENDPOINT} does not answer within {constants.HF_HUB_ETAG_TIMEOUT} s "
+            f"({name}); HF_HUB_ETAG_TIMEOUT gives it more"
+        )
+    return f"{name}: {' '.join(str(error).split())[:160]}"
+
+
+def download(kind, repo, revision, file, patterns, cache):
+    """Path of the file, or folder of the files that match the patterns, downloaded by the hub's
+    library.
+
+    The library asks a hub that does not answer for many minutes. So it is asked once, with a
+    limit, before.
+    """
+    limit = constants.HF_HUB_ETAG_TIMEOUT
+    if file:
+        url = huggingface_hub.hf_hub_url(repo, file, repo_type=kind, revision=revision)
+        huggingface_hub.get_hf_file_metadata(url, timeout=limit)
+        return huggingface_hub.hf_hub_download(
+            repo, file, repo_type=kind, revision=revision, cache_dir=cache
+        )
+    huggingface_hub.HfApi().repo_info(repo, repo_type=kind, revision=revision, timeout=limit)
+    return huggingface_hub.snapshot_download(
+        repo, repo_type=kind, revision=revision, allow_patterns=patterns, cache_dir=cache
+    )
+
+
+def main(request):
+    """Answer one request of `_ask`: {"path": ...} or {"why": ...} on stdout."""
+
+    def end_with_parent():
+        os.read(0, 1)  # returns when the other process has ended, however that came
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    try:
+        answer = {"path": str(download(**json.loads(request)))}
+    except KeyboardInterrupt:
+        os._exit(130)  # the other process says so
+    except Exception as e:
+        answer = {"why": why(e)}
+    print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
