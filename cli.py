@@ -1,5 +1,6 @@
 """What the commands share: errors that end in one line and an exit code, types of arguments, the device."""
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ def no_memory(error) -> bool:
 def guarded(main, argv=None):
     """Run a command; what goes wrong ends in one line and an exit code: 2 usage, 3 data, 4 checkpoint, 5 numerics, 6 memory, 7 another
     rank died, 130 Ctrl-C. (75, a signal heeded in training, is train.py's own.)"""
+    # pieces of GPU memory that can grow: what a KV cache leaves would else not fit the optimizer's state, nor the other way round
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     try:
         parallel.start()
         out = main(argv)

@@ -162,7 +162,8 @@ class Sampler:
         if device.type == "cuda":
             free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             room = int((0.85 * free - 2**30) / row)              # logits, activations of a prefill, the allocator's gaps
-            if (least := self.slots or 1) > room:
+            most = int(0.97 * free / row) if self.slots else room      # whoever names the slots has counted these: see plan.py
+            if (least := self.slots or 1) > most:
                 raise torch.OutOfMemoryError(f"the keys and values of {least} rows of {self.max_len} tokens take {least * row / 1e9:.1f} "
                                              f"GB, {free / 1e9:.1f} GB are free on the GPU: take fewer slots (--slots) or shorter "
                                              "rows (--max-new-tokens)")

@@ -31,13 +31,14 @@ from tqdm import tqdm
 
 import checkpoint
 import decompose
+import hub
 import parallel
 import plot
 import tiny
 import tokenizer as tokenizers
 from bupo import Schedule, backward, forward_flops, policy_logprobs, stored_logprobs
 from cli import guarded, natural, no_memory, pick_device, short_name
-from data import DataError, batch, fingerprint, load_problems, unverifiable
+from data import DataError, batch, fingerprint, is_evaluation, load_problems, span, unverifiable, without_shared
 from eval import answer, avg_at_k, encode_prompts
 from grpo import Response, collate, group_advantages, overlong_penalty
 from model import HUB, Config, Transformer, compile_blocks, compile_errors, load, one_line, plain_blocks, read_json, resolve
@@ -49,7 +50,8 @@ from signals import Signals, Stopped
 from tokenizer import SYSTEM, Tokenizer
 
 # settings that change the numbers of a run: a resume with other values is refused
-MATHS = ("model", "data_sha256", "bupo_layer", "bupo_steps", "internal_norm", "prompts", "group", "mini_prompts", "clip_low", "clip_high",
+MATHS = ("model", "model_commit", "data_sha256",
+         "bupo_layer", "bupo_steps", "internal_norm", "prompts", "group", "mini_prompts", "clip_low", "clip_high",
          "dual_clip", "advantage", "loss", "kl", "tis", "overlong", "overlong_buffer", "refills", "lr", "weight_decay", "grad_clip",
          "temperature", "max_new_tokens", "max_prompt_tokens", "system", "thinking", "format", "verifier", "optimizer", "dtype", "seed")
 # what stands for a value that follows from the model or the machine
@@ -83,6 +85,10 @@ def parser():
     add = flags("model and data")
     add("--model", "tiny", "tiny, a preset (qwen3-4b), a hub id or a folder")
     add("--data", "deepmath", "problems: a named set or a .json, .jsonl or .parquet file")
+    add("--limit", None, "only the first so many problems of --data", type=natural)
+    add("--difficulty", None, "only problems of this difficulty, as 5-8, where the set tells it", type=span)
+    add("--train-on-test", False, "let --data be a set that is there to measure with", action="store_true")
+    add("--revision", None, "branch, tag or commit of a model on the hub", type=str)
     add("--eval-data", None, "held-out problems for accuracy before, during and after", type=str)
     add("--eval-every", 0, "steps between evaluations; 0: only before and after")
     add("--eval-limit", 256, "held-out problems, one sample each", type=natural)
@@ -173,6 +179,8 @@ def parse(argv=None):
     if args.optimizer == "adamw" and args.dtype == "bfloat16" and args.lr < 1e-5 and parallel.world() == 1:
         raise ValueError(f"--dtype bfloat16 with plain AdamW at --lr {args.lr:g} does not train: about 98 % of the weights round back to "
                          "where they were; use --optimizer split, or --dtype float32")
+    if is_evaluation(args.data) and not args.train_on_test:
+        raise ValueError(f"--data {args.data} is there to measure with: add --train-on-test if training on it is what you want")
     out = Path(f"out/{short_name(args.model)}")
     args.out = Path(args.out) if args.out else out.with_name(f"{out.name}-run") if out.resolve() == Path(args.model).resolve() else out
     args.bupo_layer = args.bupo_layer or "none"
@@ -261,17 +269,25 @@ def find_model(args):
         return tiny.CONFIG, None
     if args.dry_run and not Path(args.model).is_dir() and args.model.lower() in HUB:
         return shape(args.model), None
-    folder = resolve(args.model)
+    # a run goes on with the model it began with, although the hub's may have moved
+    commit = args.revision or earlier_settings(args).get("model_commit") or None
+    folder = parallel.on_first(resolve, args.model, commit)
     return Config.from_hf(read_json(folder / "config.json")), folder
+
+
+def earlier_settings(args) -> dict:
+    """Of the run that this one goes on with; {} for a new one."""
+    out = args.out
+    if args.fresh or not any(out.glob("step_*")) or not (out / "config.json").exists():
+        return {}
+    return read_json(out / "config.json")
 
 
 def settle(args, config, device):
     """Fill in the flags that follow from the model and the kind of machine. What an earlier part of the run settled stays."""
-    on_gpu, out = device == "cuda", args.out
-    if any(out.glob("step_*")) and not args.fresh and (out / "config.json").exists():
-        saved = read_json(out / "config.json")
-        args.dtype = args.dtype or saved.get("dtype")
-        args.optimizer = args.optimizer or saved.get("optimizer")
+    on_gpu, saved = device == "cuda", earlier_settings(args)
+    args.dtype = args.dtype or saved.get("dtype")
+    args.optimizer = args.optimizer or saved.get("optimizer")
     if args.max_new_tokens is None:
         args.max_new_tokens = default_new_tokens(config, args.max_prompt_tokens)
     if args.max_prompt_tokens + args.max_new_tokens > config.max_len:
@@ -306,9 +322,12 @@ def free_memory(device) -> float:
 
 
 def load_data(args):
-    """(problems to train on, held-out problems or [])."""
+    """(problems to train on, held-out problems or []). What is held out is never trained on."""
     tests = []
-    problems = tiny.problems(4096, args.seed) if args.data == "tiny" else load_problems(args.data, max_bad=0.01)
+    if args.data == "tiny":
+        problems = tiny.problems(4096, args.seed)[: args.limit]
+    else:
+        problems = load_problems(args.data, limit=args.limit, max_bad=0.01, difficulty=args.difficulty)
     if args.eval_data == "tiny":
         tests = tiny.problems(args.eval_limit, 0, held_out=True)
     elif args.eval_data:
@@ -316,6 +335,11 @@ def load_data(args):
     if len(bad := unverifiable(problems)) > len(problems) // 100:
         raise DataError(f"{args.data}: {len(bad)} of {len(problems)} gold answers do not verify against themselves "
                         f"(first: {bad[0].answer!r:.60}); their reward would always be 0")
+    problems, shared = without_shared(problems, tests)
+    if shared:
+        print(f"{shared} problems of {args.data} are left out of training: they are among the held-out ones of {args.eval_data}")
+    if not problems:
+        raise DataError(f"{args.data}: every problem is among the held-out ones of {args.eval_data}: give another --eval-data")
     return problems, tests
 
 
@@ -330,12 +354,13 @@ def open_run(args) -> Run:
     # products as small as the embedded default's only lose from a second thread, and one thread makes runs repeat bit for bit
     if args.model == "tiny": torch.set_num_threads(1)
     device = pick_device(args.device)
+    problems, tests = load_data(args)
     config, folder = find_model(args)
+    args.model_commit = folder and hub.commit(folder)
     schedule = None if args.bupo_layer == "auto" else Schedule.parse(args.bupo_layer, args.bupo_steps, config.n_layers)
     memory = free_memory(device)
     settle(args, config, device)
     chosen = settle_memory(args, config, device, memory, host_bytes())
-    problems, tests = load_data(args)
     model = load(folder or parallel.on_first(tiny.warm_up, args.out / "warm-up", args.seed), master_dtype(args), device)
     if device == "cuda" and args.dtype == "bfloat16":
         torch.set_float32_matmul_precision("high")      # TF32 for what is left in float32, beside weights of 8 bits it loses nothing

@@ -18,7 +18,8 @@ TINY = {"tiny": Config("qwen3", 300, 32, 2, 4, 2, 8, 48, tied=True), "tiny-untie
 
 @pytest.fixture(autouse=True)
 def tiny_shapes(monkeypatch):
-    for module in (bench, shapes): monkeypatch.setattr(module, "SHAPES", dict(TINY))
+    known = dict(TINY)
+    for module in (bench, shapes): monkeypatch.setattr(module, "SHAPES", known)
 
 
 def last_line(capsys):

@@ -17,7 +17,7 @@ from unittest import mock
 
 import pytest
 import torch
-from test_train import CONFIG, coin, flags, rows
+from test_train import CONFIG, coin, flags, rows, write_problems
 
 import bupo
 import checkpoint
@@ -221,7 +221,7 @@ def folder(tmp_path_factory):
     untied = type(CONFIG)(**{**CONFIG.__dict__, "tied": False, "vocab_size": 261})       # an odd number of rows for two ranks
     save(Transformer(untied).init_weights(1, 0.3), folder / "untied")
     tiny.write_tokenizer(folder / "model")
-    (folder / "model/problems.jsonl").write_text("".join(json.dumps({"problem": f"{i}+1", "answer": str(i + 1)}) + "\n" for i in range(10)))
+    write_problems(folder / "model")
     with tossing():
         train.main(arguments(folder, "one"))
         train.main(arguments(folder, "one-then-two", steps=2))

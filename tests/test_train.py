@@ -29,8 +29,15 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     save(Transformer(CONFIG).init_weights(0, 0.3), folder)
     tiny.write_tokenizer(folder)
-    (folder / "problems.jsonl").write_text("".join(json.dumps({"problem": f"{i}+1", "answer": str(i + 1)}) + "\n" for i in range(10)))
+    write_problems(folder)
     return folder
+
+
+def write_problems(folder):
+    """Ten problems to train on, and ten others."""
+    for name, term in (("problems", 1), ("held_out", 2)):
+        lines = [json.dumps({"problem": f"{i}+{term}", "answer": str(i + term)}) + "\n" for i in range(10)]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
 
 
 def coin(text, gold, verifier):
@@ -45,7 +52,7 @@ def reward_by_coin(monkeypatch):
 
 
 def flags(folder, out, *more, **change):
-    f = {"model": folder, "data": folder / "problems.jsonl", "eval-data": folder / "problems.jsonl", "eval-limit": 6, "out": out,
+    f = {"model": folder, "data": folder / "problems.jsonl", "eval-data": folder / "held_out.jsonl", "eval-limit": 6, "out": out,
          "prompts": 4, "group": 4, "mini-prompts": 2, "steps": 4, "save-every": 1, "keep": 0, "lr": 1e-3, "max-new-tokens": 8,
          "max-prompt-tokens": 16, "slots": 16, "bupo-layer": 1, "bupo-steps": 2, "system": ""} | change
     return [*(x for k, v in f.items() for x in (f"--{k}", str(v))), *more]
@@ -412,7 +419,7 @@ def test_the_headline_command_is_planned_without_network_gpu_and_weights(tmp_pat
     lines = many.stdout.splitlines()
     assert len(lines) == 7 and max(map(len, lines)) <= 80 and lines[2].startswith("16 ") and "too small" in lines[2]
     small = dry("20")
-    assert small.returncode == 2 and "20 GB of GPU memory do not do" in small.stderr and small.stderr.count("\n") == 1
+    assert small.returncode == 6 and "20 GB of GPU memory do not do" in small.stderr and small.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("more, change, code, says", [
@@ -486,8 +493,26 @@ def test_fresh_overwrite_starts_anew(folder, tmp_path):
     assert [r["step"] for r in rows(out)] == [0, 1] and [p.name for p in out.glob("step_*")] == ["step_000001"]
 
 
-def test_the_headline_command_without_network_is_one_clear_line(tmp_path):
-    run = subprocess.run([sys.executable, "train.py", "--model", "qwen3-4b", "--bupo-layer", "30"], cwd=ROOT, capture_output=True,
-                         text=True, timeout=120, env={"HF_HUB_OFFLINE": "1", "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"})
-    assert run.returncode == 2 and run.stdout == "" and len(run.stderr.strip().splitlines()) == 1
-    assert all(word in run.stderr for word in ("Qwen/Qwen3-4B", "folder", "hf download", "HF_HOME"))
+@pytest.mark.parametrize("more, code, says", [
+    ([], 3, ("zwhe99/DeepMath-103K", "--repo-type dataset")),        # the data is missed before a model is downloaded
+    (["--data", "words"], 2, ("Qwen/Qwen3-4B", "path of a local copy")),
+])
+def test_the_headline_command_without_network_is_one_clear_line(tmp_path, more, code, says):
+    env = {"HF_HUB_OFFLINE": "1", "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, "train.py", "--model", "qwen3-4b", "--bupo-layer", "30", *more]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=env)
+    assert run.returncode == code and run.stdout == "" and len(run.stderr.strip().splitlines()) == 1
+    assert all(word in run.stderr for word in (*says, "hf download", "HF_HOME"))
+
+
+def test_what_is_held_out_is_never_trained_on(folder, tmp_path, capsys):
+    """The same file for both: what is held out of it is left out of training, with its number; all of it, and nothing is left."""
+    same = {"eval-data": folder / "problems.jsonl"}
+    train.main(flags(folder, tmp_path / "r", steps=1, **same))
+    assert "6 problems of" in capsys.readouterr().out
+    trained = {r["question"] for r in rows(tmp_path / "r", "samples.jsonl")}
+    assert trained == {"6+1", "7+1", "8+1", "9+1"}
+    with pytest.raises(SystemExit) as e: guarded(train.main, flags(folder, tmp_path / "s", **same, **{"eval-limit": 10}))
+    assert e.value.code == 3 and "give another --eval-data" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as e: guarded(train.main, ["--data", "math500", "--out", str(tmp_path / "t")])
+    assert e.value.code == 2 and "--train-on-test" in capsys.readouterr().err
