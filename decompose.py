@@ -14,6 +14,7 @@ numbers a token, and dropped. Kept logits would be 67 MB a token for 36 layers; 
 nats. Without a norm the scale of a state acts as an inverse temperature: read an entropy beside its RMS.
 Definitions: "Bottom-up Policy Optimization", arXiv 2512.19673. Component names are those of TransformerLens.
 """
+
 import argparse
 import json
 import math
@@ -38,6 +39,7 @@ NORMS = ("none", "final", "rms")
 # ---------------------------------------------------------------------------------------------------------------------
 # the core
 
+
 def states(model, ids, pick=lambda h: h):
     """Yield (component, layer, state, write, base) along the stream of ids [B,T]; each [M,D], the rows that pick([B,T,D]) chooses.
 
@@ -47,7 +49,8 @@ def states(model, ids, pick=lambda h: h):
     for s in model.stream(ids):
         block = model.blocks[s.layer - 1]
         pre, attn, mid, mlp, post = (pick(h) for h in s[1:])
-        if s.layer == 1: yield "embed", 0, pre, None, None
+        if s.layer == 1:
+            yield "embed", 0, pre, None, None
         yield "attn_in", s.layer, block.attn_norm(pre), None, None
         yield "attn_out", s.layer, attn, attn, pre
         yield "resid_mid", s.layer, mid, None, None
@@ -64,17 +67,26 @@ def reduce_logits(z, token, top_k=5, n_vocab=None):
     unused = probability of the rows n_vocab .. V-1, which no token of the tokenizer uses. Each [M] unless said otherwise.
     """
     z_token, e = z.gather(-1, token[:, None]), torch.empty_like(z)
-    rank = torch.gt(z, z_token, out=e).sum(-1).int() + 1     # counted in float32, exact to 2^24: on a CPU ten times as fast as of bools
+    rank = (
+        torch.gt(z, z_token, out=e).sum(-1).int() + 1
+    )  # counted in float32, exact to 2^24: on a CPU ten times as fast as of bools
     top, top_ids = z.topk(max(top_k, 1), -1)
     z_max = top[:, :1].clone()
-    z -= z_max                                               # the largest exponent is 0: nothing overflows
+    z -= z_max  # the largest exponent is 0: nothing overflows
     torch.exp(z, out=e)
     total = e.sum(-1, keepdim=True)
-    unused = e[:, z.shape[-1] if n_vocab is None else n_vocab:].sum(-1) / total[:, 0]
-    entropy = total.log() - e.mul_(z).sum(-1, keepdim=True) / total       # ln sum e^z - sum p z
+    unused = e[:, z.shape[-1] if n_vocab is None else n_vocab :].sum(-1) / total[:, 0]
+    entropy = total.log() - e.mul_(z).sum(-1, keepdim=True) / total  # ln sum e^z - sum p z
     lse = z_max + total.log()
-    return {"entropy": entropy[:, 0].clamp_min(0), "logprob": (z_token - lse)[:, 0], "rank": rank, "lse": lse[:, 0],
-            "unused": unused, "top_ids": top_ids[:, :top_k], "top_probs": (top - lse).exp()[:, :top_k]}
+    return {
+        "entropy": entropy[:, 0].clamp_min(0),
+        "logprob": (z_token - lse)[:, 0],
+        "rank": rank,
+        "lse": lse[:, 0],
+        "unused": unused,
+        "top_ids": top_ids[:, :top_k],
+        "top_probs": (top - lse).exp()[:, :top_k],
+    }
 
 
 def mean_row(z, E):
@@ -83,7 +95,9 @@ def mean_row(z, E):
     With it KL(p || q) = lse_q - sum_v p_v z^q_v - H(p) is one dot product for any state h, because sum_v p_v (h . E_v) is
     h . sum_v p_v E_v: no other state has to meet the final logits, and none is unembedded a second time.
     """
-    pieces = zip(z.softmax(-1).split(16384, -1), E.split(16384), strict=True)     # a bfloat16 E is widened a piece at a time
+    pieces = zip(
+        z.softmax(-1).split(16384, -1), E.split(16384), strict=True
+    )  # a bfloat16 E is widened a piece at a time
     return sum((p_v @ E_v.float()).double() for p_v, E_v in pieces)
 
 
@@ -92,20 +106,42 @@ def response_rows(model, ids, prompt_len, lengths=None, select=None):
     ids = torch.as_tensor(ids, dtype=torch.long)
     ids = ids[None] if ids.dim() == 1 else ids
     (B, T), V = ids.shape, model.config.vocab_size
-    prompt_len, lengths = (torch.as_tensor(x).expand(B)[:, None] for x in (prompt_len, T if lengths is None else lengths))
+    prompt_len, lengths = (
+        torch.as_tensor(x).expand(B)[:, None]
+        for x in (prompt_len, T if lengths is None else lengths)
+    )
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < V:
-        raise DataError(f"token ids run from {int(ids.min())} to {int(ids.max())}, the model has rows 0 to {V - 1}: are they its own?")
+        raise DataError(
+            f"token ids run from {int(ids.min())} to {int(ids.max())}, the model has rows 0 to {V - 1}: are they its own?"
+        )
     if (prompt_len < 1).any() or (lengths > T).any():
-        raise ValueError("prompt_len must be at least 1 (no state produced the first token) and lengths at most T")
+        raise ValueError(
+            "prompt_len must be at least 1 (no state produced the first token) and lengths at most T"
+        )
     keep = (torch.arange(T) >= prompt_len) & (torch.arange(T) < lengths)
-    if select is not None: keep &= torch.as_tensor(select, dtype=torch.bool).reshape(B, T)
-    if not keep.any(): raise DataError("no response tokens to analyse: every sequence ends where its prompt does")
+    if select is not None:
+        keep &= torch.as_tensor(select, dtype=torch.bool).reshape(B, T)
+    if not keep.any():
+        raise DataError("no response tokens to analyse: every sequence ends where its prompt does")
     return ids, *keep.nonzero(as_tuple=True)
 
 
 @torch.no_grad()
-def measure(model, ids, prompt_len, lengths=None, components=COMPONENTS, layers=None, norm="none", temperature=1.0, chunk=128,
-            top_k=5, n_vocab=None, select=None, tick=None):
+def measure(
+    model,
+    ids,
+    prompt_len,
+    lengths=None,
+    components=COMPONENTS,
+    layers=None,
+    norm="none",
+    temperature=1.0,
+    chunk=128,
+    top_k=5,
+    n_vocab=None,
+    select=None,
+    tick=None,
+):
     """Unembed every state of the residual stream at the response tokens and reduce it to a few numbers.
 
     ids         token ids [T], or [B,T] right-padded
@@ -129,66 +165,106 @@ def measure(model, ids, prompt_len, lengths=None, components=COMPONENTS, layers=
     Raises ValueError on unknown components, layers or norms, on ids out of range, and when there is no response token.
     """
     c = model.config
-    if bad := [x for x in components if x not in COMPONENTS]: raise ValueError(f"no component {bad[0]}; there are {', '.join(COMPONENTS)}")
-    if bad := [l for l in layers or () if not 1 <= l <= c.n_layers]: raise ValueError(f"no layer {bad[0]}; the model has 1 to {c.n_layers}")
-    if norm not in NORMS: raise ValueError(f"no norm {norm!r}; there are {', '.join(NORMS)}")
-    if not (temperature > 0 and chunk >= 1): raise ValueError(f"temperature {temperature} must be above 0 and chunk {chunk} at least 1")
+    if bad := [x for x in components if x not in COMPONENTS]:
+        raise ValueError(f"no component {bad[0]}; there are {', '.join(COMPONENTS)}")
+    if bad := [l for l in layers or () if not 1 <= l <= c.n_layers]:
+        raise ValueError(f"no layer {bad[0]}; the model has 1 to {c.n_layers}")
+    if norm not in NORMS:
+        raise ValueError(f"no norm {norm!r}; there are {', '.join(NORMS)}")
+    if not (temperature > 0 and chunk >= 1):
+        raise ValueError(f"temperature {temperature} must be above 0 and chunk {chunk} at least 1")
     ids, example, position = response_rows(model, ids, prompt_len, lengths, select)
     device = model.unembedding.device
     ids, b, t = ids.to(device), example.to(device), position.to(device)
     token = ids[b, t]
-    E = model.unembedding if device.type == "cuda" else model.unembedding.float()   # exact, and once: a CPU product converts it every time
+    E = (
+        model.unembedding if device.type == "cuda" else model.unembedding.float()
+    )  # exact, and once: a CPU product converts it every time
 
-    def pick(h): return h[b, t - 1]
+    def pick(h):
+        return h[b, t - 1]
 
     def lens(component, h):
-        if norm == "none" or component in ("attn_in", "mlp_in", "final"): return h
-        if norm == "final": return model.norm(h)
-        return (h.float() * torch.rsqrt(h.float().square().mean(-1, keepdim=True) + c.norm_eps)).to(h.dtype)
+        if norm == "none" or component in ("attn_in", "mlp_in", "final"):
+            return h
+        if norm == "final":
+            return model.norm(h)
+        return (h.float() * torch.rsqrt(h.float().square().mean(-1, keepdim=True) + c.norm_eps)).to(
+            h.dtype
+        )
 
     def logits(h):
         z = project(h, E)
         return z if temperature == 1 else z.div_(temperature)
 
-    policy = []                        # of the model itself, for every chunk: entropy and mean row
+    policy = []  # of the model itself, for every chunk: entropy and mean row
 
     def unembed(component, h):
         parts = []
-        for i, (x, y) in enumerate(zip(lens(component, h).split(chunk), token.split(chunk), strict=True)):
+        for i, (x, y) in enumerate(
+            zip(lens(component, h).split(chunk), token.split(chunk), strict=True)
+        ):
             z = logits(x)
             row = mean_row(z, E) if component == "final" else None
             part = reduce_logits(z, y, top_k, n_vocab)
-            if component == "final": policy.append((part["entropy"], row))
+            if component == "final":
+                policy.append((part["entropy"], row))
             if policy:
                 entropy, row = policy[i]
-                part["kl"] = (part["lse"] - (x.double() * row).sum(-1) / temperature - entropy).clamp_min(0).float()
+                part["kl"] = (
+                    (part["lse"] - (x.double() * row).sum(-1) / temperature - entropy)
+                    .clamp_min(0)
+                    .float()
+                )
             parts.append(part)
-            if tick: tick(len(y))
+            if tick:
+                tick(len(y))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     H_L = None
-    if "final" in components:          # cosines and KL are taken against the end of the stream, so the end comes first
+    if (
+        "final" in components
+    ):  # cosines and KL are taken against the end of the stream, so the end comes first
         H_L = pick(model(ids))
         final = unembed("final", model.norm(H_L))
     names, columns = [], {}
     for component, layer, h, write, base in states(model, ids, pick):
-        if component not in components or (layers and component in BLOCK and layer not in layers): continue
+        if component not in components or (layers and component in BLOCK and layer not in layers):
+            continue
         column = final if component == "final" else unembed(component, h)
         column["rms"] = h.float().square().mean(-1).sqrt()
         nan = torch.full_like(column["rms"], torch.nan)
-        column["cos_resid"] = nan if write is None else torch.cosine_similarity(write.float(), base.float(), dim=-1)
-        column["cos_final"] = nan if H_L is None else torch.cosine_similarity(h.float(), H_L.float(), dim=-1)
+        column["cos_resid"] = (
+            nan if write is None else torch.cosine_similarity(write.float(), base.float(), dim=-1)
+        )
+        column["cos_final"] = (
+            nan if H_L is None else torch.cosine_similarity(h.float(), H_L.float(), dim=-1)
+        )
         column.setdefault("kl", nan)
         names.append((component, layer))
         for name, value in column.items():
-            columns.setdefault(name, []).append((value.int() if value.dtype == torch.long else value).cpu().numpy())
-    if not names: raise ValueError("nothing to measure: no components were asked for")
+            columns.setdefault(name, []).append(
+                (value.int() if value.dtype == torch.long else value).cpu().numpy()
+            )
+    if not names:
+        raise ValueError("nothing to measure: no components were asked for")
     prompt_len = torch.as_tensor(prompt_len).expand(len(ids))
-    return {"component": np.array([x for x, _ in names]), "layer": np.array([l for _, l in names]),
-            "example": example.numpy(), "position": (position - prompt_len[example]).numpy(), "token": token.cpu().numpy(),
-            **{name: np.stack(values) for name, values in columns.items()},
-            "meta": {"vocab_size": c.vocab_size, "n_layers": c.n_layers, "n_vocab": n_vocab or c.vocab_size, "norm": norm,
-                     "temperature": temperature, "dtype": str(model.unembedding.dtype).removeprefix("torch.")}}
+    return {
+        "component": np.array([x for x, _ in names]),
+        "layer": np.array([l for _, l in names]),
+        "example": example.numpy(),
+        "position": (position - prompt_len[example]).numpy(),
+        "token": token.cpu().numpy(),
+        **{name: np.stack(values) for name, values in columns.items()},
+        "meta": {
+            "vocab_size": c.vocab_size,
+            "n_layers": c.n_layers,
+            "n_vocab": n_vocab or c.vocab_size,
+            "norm": norm,
+            "temperature": temperature,
+            "dtype": str(model.unembedding.dtype).removeprefix("torch."),
+        },
+    }
 
 
 def measure_all(model, sequences, max_tokens=None, seed=0, batch_tokens=4096, **options):
@@ -197,48 +273,77 @@ def measure_all(model, sequences, max_tokens=None, seed=0, batch_tokens=4096, **
     max_tokens  analyse at most so many response tokens: runs of 16 neighbours drawn at random by seed, so that means have no preference
                 for early tokens and a heat-map still reads. Other options go to `measure`.
     """
-    spans = [(i, s, min(s + 16, len(ids))) for i, (ids, p) in enumerate(sequences) for s in range(p, len(ids), 16)]
-    if not spans: raise DataError("no response tokens to analyse: every sequence ends where its prompt does")
+    spans = [
+        (i, s, min(s + 16, len(ids)))
+        for i, (ids, p) in enumerate(sequences)
+        for s in range(p, len(ids), 16)
+    ]
+    if not spans:
+        raise DataError("no response tokens to analyse: every sequence ends where its prompt does")
     if max_tokens is not None:
         drawn, left = [], max_tokens
         for k in np.random.default_rng(seed).permutation(len(spans)):
             i, s, e = spans[k]
-            if left > 0: drawn.append((i, s, min(e, s + left)))
+            if left > 0:
+                drawn.append((i, s, min(e, s + left)))
             left -= e - s
         spans = sorted(drawn)
     batches = []
     for i in sorted({i for i, _, _ in spans}):
         longest = max(len(sequences[j][0]) for j in [i, *(batches[-1] if batches else [])])
-        if batches and longest * (len(batches[-1]) + 1) <= batch_tokens: batches[-1].append(i)
-        else: batches.append([i])
+        if batches and longest * (len(batches[-1]) + 1) <= batch_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
     tables = []
     for batch in batches:
         lengths = [len(sequences[i][0]) for i in batch]
-        ids, select = torch.zeros(len(batch), max(lengths), dtype=torch.long), torch.zeros(len(batch), max(lengths), dtype=torch.bool)
-        for row, i in enumerate(batch): ids[row, :lengths[row]] = torch.as_tensor(sequences[i][0])
+        ids, select = (
+            torch.zeros(len(batch), max(lengths), dtype=torch.long),
+            torch.zeros(len(batch), max(lengths), dtype=torch.bool),
+        )
+        for row, i in enumerate(batch):
+            ids[row, : lengths[row]] = torch.as_tensor(sequences[i][0])
         for i, s, e in spans:
-            if i in batch: select[batch.index(i), s:e] = True
-        tables.append(measure(model, ids, [sequences[i][1] for i in batch], lengths, select=select, **options))
+            if i in batch:
+                select[batch.index(i), s:e] = True
+        tables.append(
+            measure(model, ids, [sequences[i][1] for i in batch], lengths, select=select, **options)
+        )
         tables[-1]["example"] = np.array(batch)[tables[-1]["example"]]
     out = dict(tables[0])
-    for name in out.keys() - {"component", "layer", "meta"}:       # tokens are axis 0 of [M], axis 1 of [S,M] and [S,M,k]
-        out[name] = np.concatenate([table[name] for table in tables], axis=min(out[name].ndim - 1, 1))
+    for name in out.keys() - {
+        "component",
+        "layer",
+        "meta",
+    }:  # tokens are axis 0 of [M], axis 1 of [S,M] and [S,M,k]
+        out[name] = np.concatenate(
+            [table[name] for table in tables], axis=min(out[name].ndim - 1, 1)
+        )
     return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the paper's quantities
 
+
 def pick(table, component, value="entropy"):
     """A column of one component: [layers, M] in order of layers, one row for embed and final. ValueError when it was not measured."""
     rows = table["component"] == component
-    if not rows.any(): raise ValueError(f"the table has no {component}; measure it too (components=)")
+    if not rows.any():
+        raise ValueError(f"the table has no {component}; measure it too (components=)")
     return table[value][rows]
 
 
-CHANGES = {"dH_attn": ("attn_out", "attn_in"), "dH_mlp": ("mlp_out", "mlp_in"), "dH_layer": ("resid_post", "resid_pre"),
-           "dH_attn_raw": ("attn_out", "resid_pre"), "dH_mlp_raw": ("mlp_out", "resid_mid"),
-           "dH_attn_step": ("resid_mid", "resid_pre"), "dH_mlp_step": ("resid_post", "resid_mid")}
+CHANGES = {
+    "dH_attn": ("attn_out", "attn_in"),
+    "dH_mlp": ("mlp_out", "mlp_in"),
+    "dH_layer": ("resid_post", "resid_pre"),
+    "dH_attn_raw": ("attn_out", "resid_pre"),
+    "dH_mlp_raw": ("mlp_out", "resid_mid"),
+    "dH_attn_step": ("resid_mid", "resid_pre"),
+    "dH_mlp_step": ("resid_post", "resid_mid"),
+}
 
 
 def entropy_change(table):
@@ -260,8 +365,13 @@ def entropy_change(table):
     if "embed" in H and "resid_post" in H:
         out["H"] = np.concatenate([H["embed"], H["resid_post"]])
         H["resid_pre"] = out["H"][:-1]
-    out |= {name: H[after] - H[before] for name, (after, before) in CHANGES.items() if after in H and before in H}
-    if not out: raise ValueError("these components give no entropy change; mlp_in and mlp_out give dH_mlp")
+    out |= {
+        name: H[after] - H[before]
+        for name, (after, before) in CHANGES.items()
+        if after in H and before in H
+    }
+    if not out:
+        raise ValueError("these components give no entropy change; mlp_in and mlp_out give dH_mlp")
     return out
 
 
@@ -285,7 +395,10 @@ def pattern(table, near_zero=0.02):
             best = max(best or (-1,), (fit, float(d[:a].sum() - d[b:].sum()), a, b))
     fit, _, a, b = best
     runs = {"exploration": (1, a), "integration": (a + 1, b), "convergence": (b + 1, L)}
-    return {**{name: run if run[0] <= run[1] else None for name, run in runs.items()}, "fit": fit / L}
+    return {
+        **{name: run if run[0] <= run[1] else None for name, run in runs.items()},
+        "fit": fit / L,
+    }
 
 
 def bupo_layer(table):
@@ -296,16 +409,24 @@ def bupo_layer(table):
     """
     d = entropy_change(table)["dH_mlp"]
     mean, n, L = d.mean(-1), d.shape[1], len(d)
-    curve = f"dH_mlp of layers 1 to {L}, mean over {n} tokens: " + " ".join(f"{x:+.2f}" for x in mean)
+    curve = f"dH_mlp of layers 1 to {L}, mean over {n} tokens: " + " ".join(
+        f"{x:+.2f}" for x in mean
+    )
     rising = np.flatnonzero(mean[:-1] > 0) + 1
-    if not len(rising): return None, f"no layer below {L} has dH_mlp > 0; {curve}"
+    if not len(rising):
+        return None, f"no layer below {L} has dH_mlp > 0; {curve}"
     l = int(rising[-1])
     error = d[l - 1].std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
-    text = (f"layer {l} of {L} is the last below {L} with dH_mlp > 0: {mean[l - 1]:+.3f} nats (standard error at least {error:.3f}; "
-            f"positive at {(d[l - 1] > 0).mean():.0%} of tokens), layer {l + 1}: {mean[l]:+.3f}")
-    if mean[l - 1] < 2 * error: text += "; THIS IS WITHIN TWO STANDARD ERRORS OF ZERO: use more tokens, or choose by hand"
-    if falls := l - len(rising): text += f"; {falls} layers before it are not above 0, so the curve crosses it more than once: look at it"
-    if mean[-1] > 0: text += f"; layer {L} does not converge either, so the rule says little about this model"
+    text = (
+        f"layer {l} of {L} is the last below {L} with dH_mlp > 0: {mean[l - 1]:+.3f} nats (standard error at least {error:.3f}; "
+        f"positive at {(d[l - 1] > 0).mean():.0%} of tokens), layer {l + 1}: {mean[l]:+.3f}"
+    )
+    if mean[l - 1] < 2 * error:
+        text += "; THIS IS WITHIN TWO STANDARD ERRORS OF ZERO: use more tokens, or choose by hand"
+    if falls := l - len(rising):
+        text += f"; {falls} layers before it are not above 0, so the curve crosses it more than once: look at it"
+    if mean[-1] > 0:
+        text += f"; layer {L} does not converge either, so the rule says little about this model"
     return l, f"{text}; {curve}"
 
 
@@ -316,7 +437,8 @@ def auto_layer(model, sequences, max_tokens=1024, seed=0, **options):
     """
     options = {"components": ("mlp_in", "mlp_out"), "top_k": 0, **options}
     layer, evidence = bupo_layer(measure_all(model, sequences, max_tokens, seed, **options))
-    if layer is None: raise ValueError(f"the rule finds no BuPO layer, give one by number: {evidence}")
+    if layer is None:
+        raise ValueError(f"the rule finds no BuPO layer, give one by number: {evidence}")
     return layer, evidence
 
 
@@ -329,12 +451,20 @@ def watch(model, sequences, layer, max_tokens=512, seed=0, **options):
     """
     options = {"components": ("resid_post", "final"), "layers": [layer], "top_k": 0, **options}
     table = measure_all(model, sequences, max_tokens, seed, **options)
-    own, inner = (lambda name: float(pick(table, "final", name).mean())), (lambda name: float(pick(table, "resid_post", name).mean()))
-    return {"watch/perplexity": perplexity(own("logprob")), "watch/entropy": own("entropy"),
-            "watch/layer_entropy": inner("entropy"), "watch/layer_cos": inner("cos_final")}
+    own, inner = (
+        (lambda name: float(pick(table, "final", name).mean())),
+        (lambda name: float(pick(table, "resid_post", name).mean())),
+    )
+    return {
+        "watch/perplexity": perplexity(own("logprob")),
+        "watch/entropy": own("entropy"),
+        "watch/layer_entropy": inner("entropy"),
+        "watch/layer_cos": inner("cos_final"),
+    }
 
 
-def perplexity(mean_logprob): return math.exp(min(-mean_logprob, 700))
+def perplexity(mean_logprob):
+    return math.exp(min(-mean_logprob, 700))
 
 
 def attribute(model, ids, prompt_len, steps=32, temperature=1.0):
@@ -356,14 +486,15 @@ def attribute(model, ids, prompt_len, steps=32, temperature=1.0):
     ids, t = ids.to(E.device), t.to(E.device) - 1
     token, angles = ids[0, t + 1], model.angles(ids)
 
-    def logprob(scale):     # [L,2]
+    def logprob(scale):  # [L,2]
         x = model.embed(ids)
         for block, (a, f) in zip(model.blocks, scale, strict=True):
             x = x + a * block.attn_out(x, angles, causal)
             x = x + f * block.mlp_out(x)
         return token_logprobs(model.norm(x[0, t]), E, token, temperature)[0].mean()
 
-    def scales(a): return torch.full((L, 2), a, device=E.device, dtype=E.dtype, requires_grad=True)
+    def scales(a):
+        return torch.full((L, 2), a, device=E.device, dtype=E.dtype, requires_grad=True)
 
     nodes, weights = np.polynomial.legendre.leggauss(steps)
     share = 0
@@ -374,48 +505,96 @@ def attribute(model, ids, prompt_len, steps=32, temperature=1.0):
         start, end = (float(logprob(scales(a))) for a in (0.0, 1.0))
         parts = {name: [] for name in ("embed", "attn_out", "mlp_out", "resid_post")}
         for name, _, h, _, _ in states(model, ids, lambda h: h[0, t].float()):
-            if name in parts: parts[name].append(h)
-        towards = model.norm.weight.float() * E[token].float() / temperature                       # [M,D]
-        towards = towards * torch.rsqrt(parts["resid_post"][-1].square().mean(-1, keepdim=True) + model.config.norm_eps)
-        direct = {name: np.array([float((h * towards).sum(-1).mean()) for h in hs]) for name, hs in parts.items()}
-    return {"attn": share[:, 0], "mlp": share[:, 1], "direct_attn": direct["attn_out"], "direct_mlp": direct["mlp_out"],
-            "direct_embed": float(direct["embed"][0]), "start": start, "end": end,
-            "gap": abs(share.sum() - (end - start)) / max(abs(end - start), 1e-12)}
+            if name in parts:
+                parts[name].append(h)
+        towards = model.norm.weight.float() * E[token].float() / temperature  # [M,D]
+        towards = towards * torch.rsqrt(
+            parts["resid_post"][-1].square().mean(-1, keepdim=True) + model.config.norm_eps
+        )
+        direct = {
+            name: np.array([float((h * towards).sum(-1).mean()) for h in hs])
+            for name, hs in parts.items()
+        }
+    return {
+        "attn": share[:, 0],
+        "mlp": share[:, 1],
+        "direct_attn": direct["attn_out"],
+        "direct_mlp": direct["mlp_out"],
+        "direct_embed": float(direct["embed"][0]),
+        "start": start,
+        "end": end,
+        "gap": abs(share.sum() - (end - start)) / max(abs(end - start), 1e-12),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what is written: one row a state, one row a block, and every token in tokens.npz
 
+
 def summary(table, run="", step=None):
     """Rows of entropy.jsonl: means over tokens of every state, quartiles where a mean misleads. Layers count from 1, nats throughout."""
     meta, rows = table["meta"], []
-    same = {"run": run, "step": step, "norm": meta["norm"], "temperature": meta["temperature"], "dtype": meta["dtype"],
-            "ln_vocab": math.log(meta["vocab_size"]), "n_layers": meta["n_layers"], "tokens": len(table["token"])}
+    same = {
+        "run": run,
+        "step": step,
+        "norm": meta["norm"],
+        "temperature": meta["temperature"],
+        "dtype": meta["dtype"],
+        "ln_vocab": math.log(meta["vocab_size"]),
+        "n_layers": meta["n_layers"],
+        "tokens": len(table["token"]),
+    }
     for s, (component, layer) in enumerate(zip(table["component"], table["layer"], strict=True)):
+
         def mean(name, s=s):
             x = float(table[name][s].mean())
             return x if math.isfinite(x) else None
-        entropy, rank = (np.percentile(table[name][s], (25, 50, 75)) for name in ("entropy", "rank"))
-        rows.append({**same, "component": str(component), "paper_layer": int(layer), "entropy_nats": mean("entropy"),
-                     **{f"entropy_nats_q{q}": float(x) for q, x in zip((25, 50, 75), entropy, strict=True)},
-                     "rms": mean("rms"), "cos_resid": mean("cos_resid"), "cos_final": mean("cos_final"), "logprob_token": mean("logprob"),
-                     **{f"rank_q{q}": float(x) for q, x in zip((25, 50, 75), rank, strict=True)},
-                     "token_is_top1": float((table["rank"][s] == 1).mean()), "logsumexp": mean("lse"), "kl_to_final": mean("kl"),
-                     "mass_unused": mean("unused")})
+
+        entropy, rank = (
+            np.percentile(table[name][s], (25, 50, 75)) for name in ("entropy", "rank")
+        )
+        rows.append(
+            {
+                **same,
+                "component": str(component),
+                "paper_layer": int(layer),
+                "entropy_nats": mean("entropy"),
+                **{
+                    f"entropy_nats_q{q}": float(x)
+                    for q, x in zip((25, 50, 75), entropy, strict=True)
+                },
+                "rms": mean("rms"),
+                "cos_resid": mean("cos_resid"),
+                "cos_final": mean("cos_final"),
+                "logprob_token": mean("logprob"),
+                **{f"rank_q{q}": float(x) for q, x in zip((25, 50, 75), rank, strict=True)},
+                "token_is_top1": float((table["rank"][s] == 1).mean()),
+                "logsumexp": mean("lse"),
+                "kl_to_final": mean("kl"),
+                "mass_unused": mean("unused"),
+            }
+        )
     return rows
 
 
 def change_summary(table, run="", step=None):
     """Rows of entropy_change.jsonl: for every block mean and quartiles of each change that the table allows."""
-    try: change = entropy_change(table)
-    except ValueError: return []
+    try:
+        change = entropy_change(table)
+    except ValueError:
+        return []
     change.pop("H", None)
     rows = []
     for l in range(table["meta"]["n_layers"]):
         rows.append({"run": run, "step": step, "paper_layer": l + 1, "tokens": len(table["token"])})
         for name, d in change.items():
             q25, q75 = (float(x) for x in np.percentile(d[l], (25, 75)))
-            rows[-1] |= {name: float(d[l].mean()), f"{name}_q25": q25, f"{name}_q75": q75, f"{name}_positive": float((d[l] > 0).mean())}
+            rows[-1] |= {
+                name: float(d[l].mean()),
+                f"{name}_q25": q25,
+                f"{name}_q75": q75,
+                f"{name}_positive": float((d[l] > 0).mean()),
+            }
     return rows
 
 
@@ -431,63 +610,196 @@ def failure_signs(rows, internal_steps=0):
     final = next((c for (name, _), c in curves.items() if name == "final"), [])
     for a, b in zip(final, final[1:], strict=False):
         if b["step"] <= internal_steps and a[nats] - b[nats] > math.log(1.05):
-            signs.append("internal phase too long: the whole policy's perplexity on these responses rises from "
-                         f"{perplexity(a[nats]):.4g} at step {a['step']} to {perplexity(b[nats]):.4g} at step {b['step']}, "
-                         f"inside the internal phase, which ends after step {internal_steps}; try fewer --bupo-steps")
-    early = [c for (name, l), c in curves.items() if name == "resid_post" and l <= max(1, c[0]["n_layers"] // 4) and len(c) > 1]
-    if early and all(min(x["entropy_nats"] for x in c[1:]) > c[0]["entropy_nats"] - 0.01 for c in early):
-        signs.append(f"early layers do not sharpen: the entropy of layers 1 to {len(early)} never falls below its first value")
+            signs.append(
+                "internal phase too long: the whole policy's perplexity on these responses rises from "
+                f"{perplexity(a[nats]):.4g} at step {a['step']} to {perplexity(b[nats]):.4g} at step {b['step']}, "
+                f"inside the internal phase, which ends after step {internal_steps}; try fewer --bupo-steps"
+            )
+    early = [
+        c
+        for (name, l), c in curves.items()
+        if name == "resid_post" and l <= max(1, c[0]["n_layers"] // 4) and len(c) > 1
+    ]
+    if early and all(
+        min(x["entropy_nats"] for x in c[1:]) > c[0]["entropy_nats"] - 0.01 for c in early
+    ):
+        signs.append(
+            f"early layers do not sharpen: the entropy of layers 1 to {len(early)} never falls below its first value"
+        )
     return signs
 
 
 def print_table(rows, changes):
     """entropy.jsonl and entropy_change.jsonl of one model for a terminal, a line a block: entropies, and more about its H^l."""
     cells = {(r["component"], r["paper_layer"]): r for r in rows}
+
     def line(name, h, l=0):
         change = changes[l - 1] if l and changes else {}
-        values = [(h, "entropy_nats", ".3f"), *((cells.get((w, l), {}), "entropy_nats", ".3f") for w in ("attn_out", "mlp_out")),
-                  *((change, x, "+.3f") for x in ("dH_attn", "dH_mlp", "dH_layer")), (h, "rms", ".3g"), (h, "cos_final", ".3f"),
-                  (h, "kl_to_final", ".3f"), (h, "rank_q50", ".0f"), (h, "token_is_top1", ".1%")]
-        print(f"{name:>6}" + "".join(f"{'' if row.get(key) is None else format(row[key], form):>9}" for row, key, form in values))
+        values = [
+            (h, "entropy_nats", ".3f"),
+            *((cells.get((w, l), {}), "entropy_nats", ".3f") for w in ("attn_out", "mlp_out")),
+            *((change, x, "+.3f") for x in ("dH_attn", "dH_mlp", "dH_layer")),
+            (h, "rms", ".3g"),
+            (h, "cos_final", ".3f"),
+            (h, "kl_to_final", ".3f"),
+            (h, "rank_q50", ".0f"),
+            (h, "token_is_top1", ".1%"),
+        ]
+        print(
+            f"{name:>6}"
+            + "".join(
+                f"{'' if row.get(key) is None else format(row[key], form):>9}"
+                for row, key, form in values
+            )
+        )
 
-    print(" layer" + "".join(f"{x:>9}" for x in "H(H^l) H(A^l) H(F^l) dH_attn dH_mlp dH_layer RMS cos(H^L) KL rank top-1".split()))
+    print(
+        " layer"
+        + "".join(
+            f"{x:>9}"
+            for x in "H(H^l) H(A^l) H(F^l) dH_attn dH_mlp dH_layer RMS cos(H^L) KL rank top-1".split()
+        )
+    )
     for (name, l), row in cells.items():
-        if name in ("embed", "final"): line(name, row)
-        elif (name, l) == next(k for k in cells if k[1] == l and k[0] in BLOCK): line(l, cells.get(("resid_post", l), {}), l)
+        if name in ("embed", "final"):
+            line(name, row)
+        elif (name, l) == next(k for k in cells if k[1] == l and k[0] in BLOCK):
+            line(l, cells.get(("resid_post", l), {}), l)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the command
 
-def parser():
-    def words(text): return [w for w in re.split(r"[\s,]+", text) if w]
 
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser():
+    def words(text):
+        return [w for w in re.split(r"[\s,]+", text) if w]
+
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = p.add_argument_group("what to analyse").add_argument
-    add("--model", required=True, metavar="NAME_OR_FOLDER", help="model folder, preset or hub id; with --steps a run folder")
-    add("--steps", type=words, metavar="N,N", help="checkpoints of the run to follow, on the same tokens; 0 is the model it started from")
-    add("--compare", nargs="+", default=[], metavar="MODEL", help="more models, on the same tokens (same tokenizer)")
-    add("--samples-file", metavar="FILE", help="responses to analyse: JSONL with prompt_ids and ids, a samples.jsonl")
+    add(
+        "--model",
+        required=True,
+        metavar="NAME_OR_FOLDER",
+        help="model folder, preset or hub id; with --steps a run folder",
+    )
+    add(
+        "--steps",
+        type=words,
+        metavar="N,N",
+        help="checkpoints of the run to follow, on the same tokens; 0 is the model it started from",
+    )
+    add(
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="MODEL",
+        help="more models, on the same tokens (same tokenizer)",
+    )
+    add(
+        "--samples-file",
+        metavar="FILE",
+        help="responses to analyse: JSONL with prompt_ids and ids, a samples.jsonl",
+    )
     add("--text", help="analyse this text instead, every token after the first")
-    add("--data", default="math500", metavar="NAME_OR_PATH", help="else sample responses to these problems (default: math500)")
-    add("--limit", type=natural, default=8, metavar="N", help="problems, or rows of --samples-file (default: 8)")
-    add("--samples", type=natural, default=1, metavar="S", help="responses to sample per problem (default: 1)")
-    add("--system", metavar="TEXT", help="instruction around the question (default: the paper's; the tiny model was shown an empty one)")
-    add("--max-new-tokens", type=natural, default=256, metavar="M", help="tokens a sampled response may have (default: 256)")
-    add("--max-tokens", type=natural, default=1024, metavar="N", help="response tokens to analyse, drawn if there are more (default: 1024)")
+    add(
+        "--data",
+        default="math500",
+        metavar="NAME_OR_PATH",
+        help="else sample responses to these problems (default: math500)",
+    )
+    add(
+        "--limit",
+        type=natural,
+        default=8,
+        metavar="N",
+        help="problems, or rows of --samples-file (default: 8)",
+    )
+    add(
+        "--samples",
+        type=natural,
+        default=1,
+        metavar="S",
+        help="responses to sample per problem (default: 1)",
+    )
+    add(
+        "--system",
+        metavar="TEXT",
+        help="instruction around the question (default: the paper's; the tiny model was shown an empty one)",
+    )
+    add(
+        "--max-new-tokens",
+        type=natural,
+        default=256,
+        metavar="M",
+        help="tokens a sampled response may have (default: 256)",
+    )
+    add(
+        "--max-tokens",
+        type=natural,
+        default=1024,
+        metavar="N",
+        help="response tokens to analyse, drawn if there are more (default: 1024)",
+    )
     add = p.add_argument_group("how").add_argument
-    add("--components", type=words, default=COMPONENTS, metavar="C,C", help=f"of {', '.join(COMPONENTS)} (default: all)")
-    add("--norm", choices=NORMS, default="none", help="of internal states: none is the paper, final the logit lens (default: none)")
-    add("--temperature", type=float, default=1.0, metavar="T", help="divides logits, here and in sampling (default: 1)")
-    add("--attribute", type=whole, default=0, metavar="N", help="attribute log-probs of N responses to the writes; slow (default: 0)")
-    add("--chunk", type=natural, default=128, metavar="N", help="states unembedded at once, 8 V bytes each (default: 128)")
+    add(
+        "--components",
+        type=words,
+        default=COMPONENTS,
+        metavar="C,C",
+        help=f"of {', '.join(COMPONENTS)} (default: all)",
+    )
+    add(
+        "--norm",
+        choices=NORMS,
+        default="none",
+        help="of internal states: none is the paper, final the logit lens (default: none)",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="divides logits, here and in sampling (default: 1)",
+    )
+    add(
+        "--attribute",
+        type=whole,
+        default=0,
+        metavar="N",
+        help="attribute log-probs of N responses to the writes; slow (default: 0)",
+    )
+    add(
+        "--chunk",
+        type=natural,
+        default=128,
+        metavar="N",
+        help="states unembedded at once, 8 V bytes each (default: 128)",
+    )
     add("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: bfloat16 on a GPU, float32 on a CPU)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights (default: bfloat16 on a GPU, float32 on a CPU)",
+    )
     add("--seed", type=whole, default=0, help="of sampling and thinning (default: 0)")
     add = p.add_argument_group("output").add_argument
-    add("--out", metavar="DIR", help="folder for entropy.jsonl, entropy_change.jsonl, tokens.npz and figures (default: out/decompose-NAME)")
-    add("--figures", action=argparse.BooleanOptionalAction, default=True, help="draw them (default: yes)")
-    p.error = lambda message: p.exit(2, f"decompose.py: {message}; see python decompose.py --help\n")
+    add(
+        "--out",
+        metavar="DIR",
+        help="folder for entropy.jsonl, entropy_change.jsonl, tokens.npz and figures (default: out/decompose-NAME)",
+    )
+    add(
+        "--figures",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="draw them (default: yes)",
+    )
+    p.error = lambda message: p.exit(
+        2, f"decompose.py: {message}; see python decompose.py --help\n"
+    )
     return p
 
 
@@ -500,137 +812,247 @@ def label(name):
 def variants(args):
     """{label: (step or None, folder)} of the models to measure; the first is the one that samples."""
     run = Path(args.model)
-    saved = {int(p.parent.name[5:]): p.parent for p in sorted(run.glob("step_*/config.json")) if p.parent.name[5:].isdigit()}
+    saved = {
+        int(p.parent.name[5:]): p.parent
+        for p in sorted(run.glob("step_*/config.json"))
+        if p.parent.name[5:].isdigit()
+    }
     found = [(label(args.model), None, args.model)]
     if args.steps:
-        if (run / "warm-up" / "config.json").is_file(): saved[0] = run / "warm-up"      # where the embedded default starts
+        if (run / "warm-up" / "config.json").is_file():
+            saved[0] = run / "warm-up"  # where the embedded default starts
         elif (run / "config.json").is_file():
             start = read_json(run / "config.json").get("model")
-            if isinstance(start, str): saved[0] = start
+            if isinstance(start, str):
+                saved[0] = start
         if bad := [s for s in args.steps if not s.isdigit() or int(s) not in saved]:
-            raise ValueError(f"--steps {bad[0]}: {run} has {', '.join(map(str, sorted(saved))) or 'no step_ folders'}")
+            raise ValueError(
+                f"--steps {bad[0]}: {run} has {', '.join(map(str, sorted(saved))) or 'no step_ folders'}"
+            )
         found = [(f"step {int(s)}", int(s), saved[int(s)]) for s in args.steps]
     elif saved:
-        raise ValueError(f"{run} is a run, not a model: follow it with --steps 0,{max(saved)}, or give --model {saved[max(saved)]}")
+        raise ValueError(
+            f"{run} is a run, not a model: follow it with --steps 0,{max(saved)}, or give --model {saved[max(saved)]}"
+        )
     found += [(label(m), None, m) for m in args.compare]
     out = {}
-    for name, step, folder in found: out[name if name not in out else f"{name} ({folder})"] = step, folder
+    for name, step, folder in found:
+        out[name if name not in out else f"{name} ({folder})"] = step, folder
     return out
 
 
 def sequences_from(path, limit):
     """[(ids, prompt_len)] of a samples.jsonl; ValueError with file and line on the first row that cannot be used."""
     out = []
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such file; eval.py and train.py write a samples.jsonl")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; eval.py and train.py write a samples.jsonl")
     with open(path, encoding="utf-8", errors="replace") as f:
         for n, text in enumerate(f, 1):
-            if not text.strip(): continue
-            try: row = json.loads(text)
-            except ValueError: row = None
-            prompt, ids = (row.get(k) if isinstance(row, dict) else None for k in ("prompt_ids", "ids"))
-            if not prompt or not all(isinstance(x, list) and all(type(i) is int for i in x) for x in (prompt, ids)):
-                raise DataError(f"{path}:{n}: not a JSON object with lists of token ids 'prompt_ids' (at least one) and 'ids'")
-            if ids: out.append((prompt + ids, len(prompt)))
-            if len(out) == limit: break
-    if not out: raise DataError(f"{path}: no responses in it")
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except ValueError:
+                row = None
+            prompt, ids = (
+                row.get(k) if isinstance(row, dict) else None for k in ("prompt_ids", "ids")
+            )
+            if not prompt or not all(
+                isinstance(x, list) and all(type(i) is int for i in x) for x in (prompt, ids)
+            ):
+                raise DataError(
+                    f"{path}:{n}: not a JSON object with lists of token ids 'prompt_ids' (at least one) and 'ids'"
+                )
+            if ids:
+                out.append((prompt + ids, len(prompt)))
+            if len(out) == limit:
+                break
+    if not out:
+        raise DataError(f"{path}: no responses in it")
     return out
 
 
 def sample(model, tokenizer, args):
     """Responses of the model to the first problems of --data: [(ids, prompt_len)]."""
     from rollout import Sampler
-    problems = load_problems(args.data)[:args.limit]
-    if not problems: raise DataError(f"{args.data}: no problems in it")
+
+    problems = load_problems(args.data)[: args.limit]
+    if not problems:
+        raise DataError(f"{args.data}: no problems in it")
     system = {} if args.system is None else {"system": args.system}
     prompts = [list(tokenizer.chat(p.question, **system)) for p in problems]
-    sampler = Sampler(model, slots=min(16, len(prompts) * args.samples), max_len=max(map(len, prompts)) + args.max_new_tokens)
-    print(f"sampling {len(prompts) * args.samples} responses of at most {args.max_new_tokens} tokens")
-    groups = sampler.generate(prompts, n=args.samples, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                              stop_ids=tokenizer.stop_ids, seed=args.seed, n_vocab=tokenizer.n_vocab)
-    print(f"first prompt: {tokenizer.decode(prompts[0])!r}\nfirst response: {tokenizer.decode(groups[0][0].ids)[:500]!r}")
-    return [(prompt + list(s.ids), len(prompt)) for prompt, group in zip(prompts, groups, strict=True) for s in group]
+    sampler = Sampler(
+        model,
+        slots=min(16, len(prompts) * args.samples),
+        max_len=max(map(len, prompts)) + args.max_new_tokens,
+    )
+    print(
+        f"sampling {len(prompts) * args.samples} responses of at most {args.max_new_tokens} tokens"
+    )
+    groups = sampler.generate(
+        prompts,
+        n=args.samples,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        stop_ids=tokenizer.stop_ids,
+        seed=args.seed,
+        n_vocab=tokenizer.n_vocab,
+    )
+    print(
+        f"first prompt: {tokenizer.decode(prompts[0])!r}\nfirst response: {tokenizer.decode(groups[0][0].ids)[:500]!r}"
+    )
+    return [
+        (prompt + list(s.ids), len(prompt))
+        for prompt, group in zip(prompts, groups, strict=True)
+        for s in group
+    ]
 
 
 def report(tables, rows, changes, internal_steps):
     """Print what a person wants first: the table, the pattern, the layer that the paper's rule picks, the failure signs."""
     for name, table in tables.items():
-        mine, change, meta = [r for r in rows if r["run"] == name], [r for r in changes if r["run"] == name], table["meta"]
+        mine, change, meta = (
+            [r for r in rows if r["run"] == name],
+            [r for r in changes if r["run"] == name],
+            table["meta"],
+        )
         print(f"\n{name}: {len(table['token'])} response tokens, {plot.settings(mine[0])}")
         print_table(mine, change)
         if {"resid_post", "final"} <= set(table["component"]) and meta["norm"] == "none":
             raw, own = (float(pick(table, x)[-1].mean()) for x in ("resid_post", "final"))
-            print(f"the model's own policy (normed): {own:.3f} nats; un-normed H^L, the last point of the paper's code: {raw:.3f}")
+            print(
+                f"the model's own policy (normed): {own:.3f} nats; un-normed H^L, the last point of the paper's code: {raw:.3f}"
+            )
         if change and "dH_mlp" in change[0]:
             stages = pattern(table)
-            runs = [f"{x} {'-'.join(map(str, stages[x] or ('none',)))}" for x in ("exploration", "integration", "convergence")]
+            runs = [
+                f"{x} {'-'.join(map(str, stages[x] or ('none',)))}"
+                for x in ("exploration", "integration", "convergence")
+            ]
             print(f"pattern of dH_mlp: {', '.join(runs)}; {stages['fit']:.0%} of the layers agree")
             layer, evidence = bupo_layer(table)
             print(f"the paper's rule for BuPO's layer: {evidence}")
-            if layer: print(f"  layer {layer} = Hugging Face hidden_states[{layer}] = TransformerLens blocks.{layer - 1}.hook_resid_post")
-    for sign in failure_signs(rows, internal_steps): print(f"WARNING: {sign}")
+            if layer:
+                print(
+                    f"  layer {layer} = Hugging Face hidden_states[{layer}] = TransformerLens blocks.{layer - 1}.hook_resid_post"
+                )
+    for sign in failure_signs(rows, internal_steps):
+        print(f"WARNING: {sign}")
 
 
 def analyse(args):
     """The command: model, responses, measurement, report, files, figures."""
-    if bad := set(args.components) - set(COMPONENTS): raise ValueError(f"--components: no {min(bad)}; there are {', '.join(COMPONENTS)}")
-    if not args.temperature > 0: raise ValueError(f"--temperature {args.temperature} must be above 0")
+    if bad := set(args.components) - set(COMPONENTS):
+        raise ValueError(f"--components: no {min(bad)}; there are {', '.join(COMPONENTS)}")
+    if not args.temperature > 0:
+        raise ValueError(f"--temperature {args.temperature} must be above 0")
     device = torch.device(pick_device(args.device))
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     models = variants(args)
     out = Path(args.out or f"out/decompose-{re.sub(r'[^A-Za-z0-9._-]', '-', label(args.model))}")
-    if out.exists() and not out.is_dir(): raise ValueError(f"--out {out} is a file; name a folder")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder")
     model = load(next(iter(models.values()))[1], dtype, device)
     import tokenizer as tokenizers
+
     tokenizer = None
-    try: tokenizer = tokenizers.load(model.folder)
+    try:
+        tokenizer = tokenizers.load(model.folder)
     except (ValueError, OSError) as e:
-        if not args.samples_file: raise
+        if not args.samples_file:
+            raise
         print(f"figures will show token ids, not texts: {e}")
-    if args.samples_file: sequences = sequences_from(args.samples_file, args.limit)
-    elif args.text is not None: sequences = [(list(tokenizer.encode(args.text)), 1)]
-    else: sequences = sample(model, tokenizer, args)
+    if args.samples_file:
+        sequences = sequences_from(args.samples_file, args.limit)
+    elif args.text is not None:
+        sequences = [(list(tokenizer.encode(args.text)), 1)]
+    else:
+        sequences = sample(model, tokenizer, args)
 
     tables, attributions = {}, []
     n_tokens = min(args.max_tokens, sum(len(ids) - p for ids, p in sequences))
     for k, (name, (step, folder)) in enumerate(models.items()):
         if k:
-            del model      # before the next one takes its place
+            del model  # before the next one takes its place
             model = load(folder, dtype, device)
         n_states = sum(model.config.n_layers if c in BLOCK else 1 for c in set(args.components))
-        with tqdm(total=n_tokens * n_states, unit="state", unit_scale=True, desc=name, disable=None) as bar:
+        with tqdm(
+            total=n_tokens * n_states, unit="state", unit_scale=True, desc=name, disable=None
+        ) as bar:
             tables[name] = measure_all(
-                model, sequences, args.max_tokens, args.seed, components=args.components, norm=args.norm, temperature=args.temperature,
-                chunk=args.chunk, n_vocab=tokenizer and tokenizer.n_vocab, tick=bar.update)
-        for i, (ids, p) in enumerate(tqdm(sequences[:args.attribute], desc="attribution", disable=None)):
-            if len(ids) == p: continue
+                model,
+                sequences,
+                args.max_tokens,
+                args.seed,
+                components=args.components,
+                norm=args.norm,
+                temperature=args.temperature,
+                chunk=args.chunk,
+                n_vocab=tokenizer and tokenizer.n_vocab,
+                tick=bar.update,
+            )
+        for i, (ids, p) in enumerate(
+            tqdm(sequences[: args.attribute], desc="attribution", disable=None)
+        ):
+            if len(ids) == p:
+                continue
             found = attribute(model, ids, p, temperature=args.temperature)
-            if found["gap"] > 0.01: print(f"WARNING: {name}, response {i}: attributions miss the whole by {found['gap']:.1%}")
-            attributions.append({"run": name, "step": step, "example_id": i, "tokens": len(ids) - p,
-                                 **{x: v.tolist() if isinstance(v, np.ndarray) else v for x, v in found.items()}})
+            if found["gap"] > 0.01:
+                print(
+                    f"WARNING: {name}, response {i}: attributions miss the whole by {found['gap']:.1%}"
+                )
+            attributions.append(
+                {
+                    "run": name,
+                    "step": step,
+                    "example_id": i,
+                    "tokens": len(ids) - p,
+                    **{x: v.tolist() if isinstance(v, np.ndarray) else v for x, v in found.items()},
+                }
+            )
     rows = [r for name, (step, _) in models.items() for r in summary(tables[name], name, step)]
-    changes = [r for name, (step, _) in models.items() for r in change_summary(tables[name], name, step)]
+    changes = [
+        r for name, (step, _) in models.items() for r in change_summary(tables[name], name, step)
+    ]
     metrics = Path(args.model) / "metrics.jsonl"
-    phases = plot.internal_phases(plot.read_rows(metrics)) if args.steps and metrics.is_file() else []
+    phases = (
+        plot.internal_phases(plot.read_rows(metrics)) if args.steps and metrics.is_file() else []
+    )
     report(tables, rows, changes, max((last for _, last, _ in phases), default=0))
     write(out, tables, rows, changes, attributions, tokenizer)
     if args.figures:
-        for path in plot.folder(out): print(f"wrote {path}")
+        for path in plot.folder(out):
+            print(f"wrote {path}")
 
 
 def write(out, tables, rows, changes, attributions, tokenizer):
     """All that figures need: entropy.jsonl, entropy_change.jsonl, attribution.jsonl, and tokens.npz (tokens-2.npz for a second model)."""
     out.mkdir(parents=True, exist_ok=True)
-    for stale in [*out.glob("tokens*.npz"), *out.glob("attribution.jsonl")]: stale.unlink()
-    for file, content in (("entropy.jsonl", rows), ("entropy_change.jsonl", changes), ("attribution.jsonl", attributions)):
-        if content: (out / file).write_text("".join(json.dumps(r) + "\n" for r in content))
+    for stale in [*out.glob("tokens*.npz"), *out.glob("attribution.jsonl")]:
+        stale.unlink()
+    for file, content in (
+        ("entropy.jsonl", rows),
+        ("entropy_change.jsonl", changes),
+        ("attribution.jsonl", attributions),
+    ):
+        if content:
+            (out / file).write_text("".join(json.dumps(r) + "\n" for r in content))
     for k, (name, table) in enumerate(tables.items(), 1):
         ids = np.unique(np.concatenate([table["token"], table["top_ids"].ravel()]))
-        texts = [tokenizer.decode([int(i)]) if tokenizer and i < tokenizer.n_vocab else f"<{i}>" for i in ids]
-        np.savez_compressed(out / ("tokens.npz" if k == 1 else f"tokens-{k}.npz"), text_ids=ids, text=np.array(texts),
-                            **{**table, "meta": np.array(json.dumps({**table["meta"], "run": name}))})
+        texts = [
+            tokenizer.decode([int(i)]) if tokenizer and i < tokenizer.n_vocab else f"<{i}>"
+            for i in ids
+        ]
+        np.savez_compressed(
+            out / ("tokens.npz" if k == 1 else f"tokens-{k}.npz"),
+            text_ids=ids,
+            text=np.array(texts),
+            **{**table, "meta": np.array(json.dumps({**table["meta"], "run": name}))},
+        )
 
 
-def main(argv=None): analyse(parser().parse_args(argv))
+def main(argv=None):
+    analyse(parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """The lens against naive computations: transformers with hooks and full logits, float64, and closed forms."""
+
 import json
 import math
 
@@ -8,30 +9,59 @@ import torch
 
 import decompose
 from cli import guarded
-from decompose import attribute, auto_layer, bupo_layer, entropy_change, failure_signs, measure, measure_all, pattern, pick, reduce_logits
+from decompose import (
+    attribute,
+    auto_layer,
+    bupo_layer,
+    entropy_change,
+    failure_signs,
+    measure,
+    measure_all,
+    pattern,
+    pick,
+    reduce_logits,
+)
 from model import Config, Transformer, load, save
 
-SHAPE = dict(vocab_size=101, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, d_mlp=48, max_len=64)
+SHAPE = dict(
+    vocab_size=101,
+    d_model=32,
+    n_layers=3,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=8,
+    d_mlp=48,
+    max_len=64,
+)
 
 
 def tiny(family="qwen3", tied=False, dtype=torch.float32, std=0.3, **changes):
     """A random model loud enough (std 0.3) that its internal policies are far from uniform, with gains that are not all 1."""
-    model = Transformer(Config(family, tied=tied, **{**SHAPE, **changes})).init_weights(seed=1, std=std)
+    model = Transformer(Config(family, tied=tied, **{**SHAPE, **changes})).init_weights(
+        seed=1, std=std
+    )
     g = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if "norm" in name: p.copy_(0.5 + torch.rand(p.shape, generator=g))
-            elif name.endswith("bias"): p.normal_(0, 0.5, generator=g)
+            if "norm" in name:
+                p.copy_(0.5 + torch.rand(p.shape, generator=g))
+            elif name.endswith("bias"):
+                p.normal_(0, 0.5, generator=g)
     return model.to(dtype)
 
 
-def tokens(*shape, seed=0): return torch.randint(0, 101, shape, generator=torch.Generator().manual_seed(seed))
+def tokens(*shape, seed=0):
+    return torch.randint(0, 101, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def close(a, b, tol): np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=tol, atol=tol)
+def close(a, b, tol):
+    np.testing.assert_allclose(
+        np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=tol, atol=tol
+    )
 
 
 # the oracle --------------------------------------------------------------------------------------------------------------
+
 
 def hooked_states(hf, ids):
     """{(component, layer): (state, write, base)} [T,D] of a transformers model, every state caught by a hook of its own."""
@@ -41,16 +71,30 @@ def hooked_states(hf, ids):
         def hook(module, args, kwargs, output):
             x = (args[0] if args else kwargs["hidden_states"]) if from_input else output
             caught[name] = (x[0] if isinstance(x, tuple) else x).detach().squeeze(0)
+
         return hook
+
     for l, block in enumerate(hf.model.layers, 1):
-        watched = {"resid_pre": (block, True), "attn_in": (block.input_layernorm, False), "attn_out": (block.self_attn, False),
-                   "resid_mid": (block.post_attention_layernorm, True), "mlp_in": (block.post_attention_layernorm, False),
-                   "mlp_out": (block.mlp, False), "resid_post": (block, False)}
+        watched = {
+            "resid_pre": (block, True),
+            "attn_in": (block.input_layernorm, False),
+            "attn_out": (block.self_attn, False),
+            "resid_mid": (block.post_attention_layernorm, True),
+            "mlp_in": (block.post_attention_layernorm, False),
+            "mlp_out": (block.mlp, False),
+            "resid_post": (block, False),
+        }
         for name, (module, from_input) in watched.items():
-            handles.append(module.register_forward_hook(keep((name, l), from_input), with_kwargs=True))
-    handles.append(hf.model.norm.register_forward_hook(keep(("final", len(hf.model.layers))), with_kwargs=True))
-    with torch.no_grad(): logits = hf(ids[None]).logits[0]
-    for handle in handles: handle.remove()
+            handles.append(
+                module.register_forward_hook(keep((name, l), from_input), with_kwargs=True)
+            )
+    handles.append(
+        hf.model.norm.register_forward_hook(keep(("final", len(hf.model.layers))), with_kwargs=True)
+    )
+    with torch.no_grad():
+        logits = hf(ids[None]).logits[0]
+    for handle in handles:
+        handle.remove()
     caught["embed", 0] = caught["resid_pre", 1]
     return caught, logits
 
@@ -60,19 +104,32 @@ def naive(h, E, token, logits_L, norm=lambda h: h, T=1.0):
     logp = (norm(h).double() @ E.double().T / T).log_softmax(-1)
     logp_L = (logits_L.double() / T).log_softmax(-1)
     at = torch.arange(len(token))
-    return {"entropy": -(logp.exp() * logp).sum(-1), "logprob": logp[at, token],
-            "rank": (logp.argsort(-1, descending=True) == token[:, None]).nonzero()[:, 1] + 1,
-            "lse": (norm(h).double() @ E.double().T / T).logsumexp(-1), "kl": (logp_L.exp() * (logp_L - logp)).sum(-1),
-            "rms": h.double().square().mean(-1).sqrt(), "top_ids": logp.topk(3).indices, "top_probs": logp.topk(3).values.exp(),
-            "unused": logp[:, 90:].exp().sum(-1)}
+    return {
+        "entropy": -(logp.exp() * logp).sum(-1),
+        "logprob": logp[at, token],
+        "rank": (logp.argsort(-1, descending=True) == token[:, None]).nonzero()[:, 1] + 1,
+        "lse": (norm(h).double() @ E.double().T / T).logsumexp(-1),
+        "kl": (logp_L.exp() * (logp_L - logp)).sum(-1),
+        "rms": h.double().square().mean(-1).sqrt(),
+        "top_ids": logp.topk(3).indices,
+        "top_probs": logp.topk(3).values.exp(),
+        "unused": logp[:, 90:].exp().sum(-1),
+    }
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
 def test_every_number_is_that_of_transformers_with_hooks(family, tmp_path):
     transformers = pytest.importorskip("transformers")
-    scaling = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
-    save(tiny(family, tied=family == "qwen3", rope_scaling=scaling if family == "llama" else None), tmp_path)
-    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
+    scaling = dict(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+    )
+    save(
+        tiny(family, tied=family == "qwen3", rope_scaling=scaling if family == "llama" else None),
+        tmp_path,
+    )
+    hf = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     ids, P = tokens(17), 5
     table = measure(load(tmp_path), ids, P, top_k=3, n_vocab=90)
     caught, logits = hooked_states(hf, ids)
@@ -82,13 +139,25 @@ def test_every_number_is_that_of_transformers_with_hooks(family, tmp_path):
     for s, key in enumerate(zip(table["component"].tolist(), table["layer"].tolist(), strict=True)):
         for name, want in naive(caught[key][rows], E, token, logits[rows]).items():
             close(table[name][s], want, 1e-5)
-        close(table["cos_final"][s], torch.cosine_similarity(caught[key][rows], caught["resid_post", 3][rows], dim=-1), 1e-5)
+        close(
+            table["cos_final"][s],
+            torch.cosine_similarity(caught[key][rows], caught["resid_post", 3][rows], dim=-1),
+            1e-5,
+        )
         l = key[1]
-        pair = {"attn_out": ("attn_out", "resid_pre"), "mlp_out": ("mlp_out", "resid_mid")}.get(key[0])
+        pair = {"attn_out": ("attn_out", "resid_pre"), "mlp_out": ("mlp_out", "resid_mid")}.get(
+            key[0]
+        )
         write, base = (caught[x, l][rows] for x in pair) if pair else (None, None)
-        if key[0] == "resid_post": write, base = (caught["attn_out", l] + caught["mlp_out", l])[rows], caught["resid_pre", l][rows]
-        if write is None: assert np.isnan(table["cos_resid"][s]).all()
-        else: close(table["cos_resid"][s], torch.cosine_similarity(write, base, dim=-1), 1e-5)
+        if key[0] == "resid_post":
+            write, base = (
+                (caught["attn_out", l] + caught["mlp_out", l])[rows],
+                caught["resid_pre", l][rows],
+            )
+        if write is None:
+            assert np.isnan(table["cos_resid"][s]).all()
+        else:
+            close(table["cos_resid"][s], torch.cosine_similarity(write, base, dim=-1), 1e-5)
 
 
 @pytest.mark.parametrize("norm", ["final", "rms"])
@@ -96,25 +165,40 @@ def test_every_number_is_that_of_transformers_with_hooks(family, tmp_path):
 def test_lens_norms_and_temperature(norm, T):
     model, ids, P = tiny(), tokens(12), 3
     r, weight = model.residuals(ids[None]), model.norm.weight
-    bare = lambda h: h / (h.square().mean(-1, keepdim=True) + model.config.norm_eps).sqrt()      # noqa: E731
+    bare = lambda h: h / (h.square().mean(-1, keepdim=True) + model.config.norm_eps).sqrt()  # noqa: E731
     apply = (lambda h: bare(h) * weight) if norm == "final" else bare
     table = measure(model, ids, P, norm=norm, temperature=T, top_k=3, n_vocab=90)
-    logits = model.unembed(r.resid_post[-1])[0, P - 1:-1].detach()
+    logits = model.unembed(r.resid_post[-1])[0, P - 1 : -1].detach()
     for component in ("attn_out", "resid_mid", "mlp_out", "resid_post"):
         for l in range(3):
-            want = naive(getattr(r, component)[l][0, P - 1:-1].detach(), model.unembedding.detach(), ids[P:], logits, apply, T)
-            for name, value in want.items(): close(pick(table, component, name)[l], value.detach(), 1e-5)
-    plain = measure(model, ids, P, temperature=T)      # states that carry a norm of their own get no second one
-    for component in ("attn_in", "mlp_in", "final"): close(pick(table, component), pick(plain, component), 1e-6)
+            want = naive(
+                getattr(r, component)[l][0, P - 1 : -1].detach(),
+                model.unembedding.detach(),
+                ids[P:],
+                logits,
+                apply,
+                T,
+            )
+            for name, value in want.items():
+                close(pick(table, component, name)[l], value.detach(), 1e-5)
+    plain = measure(
+        model, ids, P, temperature=T
+    )  # states that carry a norm of their own get no second one
+    for component in ("attn_in", "mlp_in", "final"):
+        close(pick(table, component), pick(plain, component), 1e-6)
     assert (np.abs(pick(table, "resid_post") - pick(plain, "resid_post")) > 1e-3).all()
 
 
 # the stream --------------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
 def test_writes_are_what_is_added_bit_for_bit(family, dtype):
-    seen = {(name, l): h for name, l, h, _, _ in decompose.states(tiny(family, dtype=dtype), tokens(2, 9))}
+    seen = {
+        (name, l): h
+        for name, l, h, _, _ in decompose.states(tiny(family, dtype=dtype), tokens(2, 9))
+    }
     for l in (1, 2, 3):
         pre = seen["embed", 0] if l == 1 else seen["resid_post", l - 1]
         assert torch.equal(seen["resid_mid", l], pre + seen["attn_out", l])
@@ -123,33 +207,45 @@ def test_writes_are_what_is_added_bit_for_bit(family, dtype):
 
 def test_all_writes_sum_to_the_residual_in_float64():
     seen = {(name, l): h for name, l, h, _, _ in decompose.states(tiny().double(), tokens(2, 9))}
-    total = seen["embed", 0] + sum(h for (name, _), h in seen.items() if name in ("attn_out", "mlp_out"))
+    total = seen["embed", 0] + sum(
+        h for (name, _), h in seen.items() if name in ("attn_out", "mlp_out")
+    )
     assert (total - seen["resid_post", 3]).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_last_policy_is_the_models_own(dtype):
     model, ids, P = tiny(dtype=dtype), tokens(14), 4
-    with torch.no_grad(): logp = model.unembed(model(ids[None]))[0, P - 1:-1].log_softmax(-1)
+    with torch.no_grad():
+        logp = model.unembed(model(ids[None]))[0, P - 1 : -1].log_softmax(-1)
     table = measure(model, ids, P)
     close(pick(table, "final", "logprob")[0], logp.gather(-1, ids[P:, None])[:, 0], 1e-5)
     close(pick(table, "final")[0], -(logp.exp() * logp).sum(-1), 1e-5)
     assert pick(table, "final", "kl").max() < 1e-5
     close(pick(table, "resid_post", "cos_final")[-1], 1, 1e-5)
-    assert (np.abs(pick(table, "resid_post")[-1] - pick(table, "final")[0]) > 0.01).all()     # H^L raw is another policy
+    assert (
+        np.abs(pick(table, "resid_post")[-1] - pick(table, "final")[0]) > 0.01
+    ).all()  # H^L raw is another policy
 
 
 def test_bfloat16_models_have_float32_statistics():
     model, ids, P = tiny(dtype=torch.bfloat16, vocab_size=4001), tokens(40), 4
-    with torch.no_grad(): r = model.residuals(ids[None])
+    with torch.no_grad():
+        r = model.residuals(ids[None])
     E, got = model.unembedding.double(), measure(model, ids, P)
     for component in ("attn_out", "resid_mid", "mlp_out", "resid_post"):
         for l in range(3):
-            logp = (getattr(r, component)[l][0, P - 1:-1].double() @ E.T).log_softmax(-1)
-            assert np.abs(pick(got, component)[l] - (-(logp.exp() * logp).sum(-1)).detach().numpy()).max() < 1e-4
+            logp = (getattr(r, component)[l][0, P - 1 : -1].double() @ E.T).log_softmax(-1)
+            assert (
+                np.abs(
+                    pick(got, component)[l] - (-(logp.exp() * logp).sum(-1)).detach().numpy()
+                ).max()
+                < 1e-4
+            )
 
 
 # entropies in closed form -----------------------------------------------------------------------------------------------
+
 
 def test_uniform_and_one_hot():
     V, y = 1000, torch.tensor([3, 999])
@@ -162,8 +258,16 @@ def test_uniform_and_one_hot():
     spike = torch.zeros(2, V)
     spike[:, 3] = 1e4
     out = reduce_logits(spike, y, 4)
-    assert out["entropy"].tolist() == [0, 0] and out["logprob"].tolist() == [0, -1e4] and out["rank"].tolist() == [1, 2]
-    assert out["top_ids"][:, 0].tolist() == [3, 3] and out["top_probs"][:, 0].tolist() == [1, 1] and out["unused"].tolist() == [0, 0]
+    assert (
+        out["entropy"].tolist() == [0, 0]
+        and out["logprob"].tolist() == [0, -1e4]
+        and out["rank"].tolist() == [1, 2]
+    )
+    assert (
+        out["top_ids"][:, 0].tolist() == [3, 3]
+        and out["top_probs"][:, 0].tolist() == [1, 1]
+        and out["unused"].tolist() == [0, 0]
+    )
 
 
 @pytest.mark.parametrize("std", [0.01, 1, 5, 100])
@@ -183,40 +287,57 @@ def test_a_zero_model_is_uniform_everywhere():
 
 # independence -----------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("chunk", [1, 7, 512])
 def test_chunk_size_changes_nothing(chunk):
     model, ids, lengths = tiny(), tokens(3, 20), [20, 11, 16]
-    a, b = measure(model, ids, [4, 3, 9], lengths, chunk=chunk), measure(model, ids, [4, 3, 9], lengths, chunk=31)
-    for name in a.keys() - {"component", "meta"}: close(a[name], b[name], 1e-5)
+    a, b = (
+        measure(model, ids, [4, 3, 9], lengths, chunk=chunk),
+        measure(model, ids, [4, 3, 9], lengths, chunk=31),
+    )
+    for name in a.keys() - {"component", "meta"}:
+        close(a[name], b[name], 1e-5)
 
 
 def test_prompt_length_and_padding_change_nothing():
     model, ids = tiny(), tokens(18)
     short, long = measure(model, ids, 3), measure(model, ids, 9)
-    for name in ("entropy", "logprob", "kl", "cos_resid"): close(short[name][:, 6:], long[name], 1e-6)
+    for name in ("entropy", "logprob", "kl", "cos_resid"):
+        close(short[name][:, 6:], long[name], 1e-6)
     assert short["token"][6:].tolist() == long["token"].tolist() == ids[9:].tolist()
     padded = torch.stack([torch.cat([ids, tokens(7, seed=5)]), tokens(25, seed=6)])
     both = measure(model, padded, [9, 1], [18, 25])
     mine = both["example"] == 0
     assert both["position"][mine].tolist() == list(range(9))
-    for name in ("entropy", "logprob", "kl", "rms"): close(both[name][:, mine], long[name], 1e-5)
+    for name in ("entropy", "logprob", "kl", "rms"):
+        close(both[name][:, mine], long[name], 1e-5)
 
 
 def test_many_sequences_are_one_table_in_their_order():
     model = tiny()
-    sequences = [(tokens(n, seed=n).tolist(), p) for n, p in ((30, 4), (9, 3), (50, 20), (12, 12), (33, 1))]
+    sequences = [
+        (tokens(n, seed=n).tolist(), p) for n, p in ((30, 4), (9, 3), (50, 20), (12, 12), (33, 1))
+    ]
     table = measure_all(model, sequences, batch_tokens=64)
     assert table["token"].tolist() == [i for ids, p in sequences for i in ids[p:]]
     assert table["example"].tolist() == [k for k, (ids, p) in enumerate(sequences) for _ in ids[p:]]
     alone = measure(model, sequences[2][0], 20)
-    for name in ("entropy", "kl", "top_probs"): close(table[name][:, table["example"] == 2], alone[name], 1e-5)
+    for name in ("entropy", "kl", "top_probs"):
+        close(table[name][:, table["example"] == 2], alone[name], 1e-5)
     thin = measure_all(model, sequences, max_tokens=40, seed=1, batch_tokens=64)
     assert len(thin["token"]) == 40
-    where = {(e, t): m for m, (e, t) in enumerate(zip(table["example"], table["position"], strict=True))}
+    where = {
+        (e, t): m for m, (e, t) in enumerate(zip(table["example"], table["position"], strict=True))
+    }
     kept = [where[e, t] for e, t in zip(thin["example"], thin["position"], strict=True)]
     assert len(set(kept)) == 40
     close(thin["entropy"], table["entropy"][:, kept], 1e-5)
-    assert thin["position"].tolist() != measure_all(model, sequences, max_tokens=40, seed=2, batch_tokens=64)["position"].tolist()
+    assert (
+        thin["position"].tolist()
+        != measure_all(model, sequences, max_tokens=40, seed=2, batch_tokens=64)[
+            "position"
+        ].tolist()
+    )
 
 
 def test_fewer_components_are_the_same_numbers():
@@ -232,6 +353,7 @@ def test_fewer_components_are_the_same_numbers():
 
 # the paper's quantities -------------------------------------------------------------------------------------------------
 
+
 def entropy_of(h, E):
     logp = (h.double() @ E.double().T).log_softmax(-1)
     return -(logp.exp() * logp).sum(-1).detach()
@@ -239,20 +361,42 @@ def entropy_of(h, E):
 
 def test_entropy_changes_are_the_papers():
     model, ids, P = tiny("llama"), tokens(16), 6
-    r, E, change = model.residuals(ids[None]), model.unembedding, entropy_change(measure(model, ids, P))
+    r, E, change = (
+        model.residuals(ids[None]),
+        model.unembedding,
+        entropy_change(measure(model, ids, P)),
+    )
     H = [r.embed, *r.resid_post]
     for l, block in enumerate(model.blocks):
-        S = {name: entropy_of(h[0, P - 1:-1], E) for name, h in
-             dict(pre=H[l], a=r.attn_out[l], mid=r.resid_mid[l], f=r.mlp_out[l], post=r.resid_post[l],
-                  a_in=block.attn_norm(H[l]), f_in=block.mlp_norm(r.resid_mid[l])).items()}
-        want = {"dH_attn": S["a"] - S["a_in"], "dH_mlp": S["f"] - S["f_in"], "dH_layer": S["post"] - S["pre"],
-                "dH_attn_raw": S["a"] - S["pre"], "dH_mlp_raw": S["f"] - S["mid"],
-                "dH_attn_step": S["mid"] - S["pre"], "dH_mlp_step": S["post"] - S["mid"]}
-        for name, value in want.items(): close(change[name][l], value, 1e-5)
+        S = {
+            name: entropy_of(h[0, P - 1 : -1], E)
+            for name, h in dict(
+                pre=H[l],
+                a=r.attn_out[l],
+                mid=r.resid_mid[l],
+                f=r.mlp_out[l],
+                post=r.resid_post[l],
+                a_in=block.attn_norm(H[l]),
+                f_in=block.mlp_norm(r.resid_mid[l]),
+            ).items()
+        }
+        want = {
+            "dH_attn": S["a"] - S["a_in"],
+            "dH_mlp": S["f"] - S["f_in"],
+            "dH_layer": S["post"] - S["pre"],
+            "dH_attn_raw": S["a"] - S["pre"],
+            "dH_mlp_raw": S["f"] - S["mid"],
+            "dH_attn_step": S["mid"] - S["pre"],
+            "dH_mlp_step": S["post"] - S["mid"],
+        }
+        for name, value in want.items():
+            close(change[name][l], value, 1e-5)
         close(change["H"][l], S["pre"], 1e-5)
     close(change["dH_attn_step"] + change["dH_mlp_step"], change["dH_layer"], 1e-5)
-    with pytest.raises(ValueError, match="every layer"): entropy_change(measure(model, ids, P, layers=[1, 2]))
-    with pytest.raises(ValueError, match="mlp_in and mlp_out"): entropy_change(measure(model, ids, P, components=("mlp_out", "final")))
+    with pytest.raises(ValueError, match="every layer"):
+        entropy_change(measure(model, ids, P, layers=[1, 2]))
+    with pytest.raises(ValueError, match="mlp_in and mlp_out"):
+        entropy_change(measure(model, ids, P, components=("mlp_out", "final")))
 
 
 def made_up(d_mlp, n=50, noise=0.01):
@@ -260,25 +404,52 @@ def made_up(d_mlp, n=50, noise=0.01):
     g, L = np.random.default_rng(0), len(d_mlp)
     before = np.full((L, n), 5.0)
     after = before + np.array(d_mlp)[:, None] + noise * g.standard_normal((L, n))
-    return {"component": np.array(["mlp_in"] * L + ["mlp_out"] * L), "layer": np.array([*range(1, L + 1)] * 2),
-            "entropy": np.concatenate([before, after]), "meta": {"n_layers": L, "vocab_size": 1000}}
+    return {
+        "component": np.array(["mlp_in"] * L + ["mlp_out"] * L),
+        "layer": np.array([*range(1, L + 1)] * 2),
+        "entropy": np.concatenate([before, after]),
+        "meta": {"n_layers": L, "vocab_size": 1000},
+    }
 
 
-@pytest.mark.parametrize("d, want", [
-    ([2, 1, .5, 0, .02, -.01, -1, -3], {"exploration": (1, 3), "integration": (4, 6), "convergence": (7, 8), "fit": 1.0}),
-    ([2, 2, 1, 1, -4], {"exploration": (1, 4), "integration": None, "convergence": (5, 5), "fit": 1.0}),
-    ([-1, -1, -2], {"exploration": None, "integration": None, "convergence": (1, 3), "fit": 1.0}),
-    ([2, -1, 2, 0, 0, -1], {"exploration": (1, 3), "integration": (4, 5), "convergence": (6, 6), "fit": 5 / 6})])
-def test_pattern(d, want): assert pattern(made_up(d)) == want
+@pytest.mark.parametrize(
+    "d, want",
+    [
+        (
+            [2, 1, 0.5, 0, 0.02, -0.01, -1, -3],
+            {"exploration": (1, 3), "integration": (4, 6), "convergence": (7, 8), "fit": 1.0},
+        ),
+        (
+            [2, 2, 1, 1, -4],
+            {"exploration": (1, 4), "integration": None, "convergence": (5, 5), "fit": 1.0},
+        ),
+        (
+            [-1, -1, -2],
+            {"exploration": None, "integration": None, "convergence": (1, 3), "fit": 1.0},
+        ),
+        (
+            [2, -1, 2, 0, 0, -1],
+            {"exploration": (1, 3), "integration": (4, 5), "convergence": (6, 6), "fit": 5 / 6},
+        ),
+    ],
+)
+def test_pattern(d, want):
+    assert pattern(made_up(d)) == want
 
 
 def test_the_papers_rule_for_the_layer():
-    layer, evidence = bupo_layer(made_up([2, 1, .5, .3, -.2, -1, -3]))
-    assert layer == 4 and "+0.3" in evidence and "-0.2" in evidence and "50 tokens" in evidence and "STANDARD" not in evidence
-    assert bupo_layer(made_up([1, 1, -1, 2]))[0] == 2                              # the last layer itself would be plain GRPO
-    layer, evidence = bupo_layer(made_up([1, -1, -1, .001, -1], noise=0.5))
+    layer, evidence = bupo_layer(made_up([2, 1, 0.5, 0.3, -0.2, -1, -3]))
+    assert (
+        layer == 4
+        and "+0.3" in evidence
+        and "-0.2" in evidence
+        and "50 tokens" in evidence
+        and "STANDARD" not in evidence
+    )
+    assert bupo_layer(made_up([1, 1, -1, 2]))[0] == 2  # the last layer itself would be plain GRPO
+    layer, evidence = bupo_layer(made_up([1, -1, -1, 0.001, -1], noise=0.5))
     assert layer in (1, 4) and (layer == 1 or "STANDARD ERRORS" in evidence)
-    layer, evidence = bupo_layer(made_up([1, -1, .5, -1]))
+    layer, evidence = bupo_layer(made_up([1, -1, 0.5, -1]))
     assert layer == 3 and "more than once" in evidence
     assert bupo_layer(made_up([-1, -1, 5]))[0] is None
 
@@ -286,15 +457,23 @@ def test_the_papers_rule_for_the_layer():
 def test_auto_layer_is_the_rule_on_the_full_table():
     model = tiny(n_layers=6)
     with torch.no_grad():
-        for l in (1, 3): model.blocks[l - 1].down.weight.mul_(1e-3)      # a write near zero unembeds to a near-uniform policy: dH_mlp > 0
+        for l in (1, 3):
+            model.blocks[l - 1].down.weight.mul_(
+                1e-3
+            )  # a write near zero unembeds to a near-uniform policy: dH_mlp > 0
     sequences = [(tokens(30, seed=s).tolist(), 5) for s in range(4)]
     layer, evidence = auto_layer(model, sequences)
-    assert (layer, evidence) == bupo_layer(measure_all(model, sequences)) and layer == 3 and "layer 3 of 6" in evidence
+    assert (
+        (layer, evidence) == bupo_layer(measure_all(model, sequences))
+        and layer == 3
+        and "layer 3 of 6" in evidence
+    )
 
 
 def test_auto_layer_says_so_when_there_is_none(monkeypatch):
     monkeypatch.setattr(decompose, "measure_all", lambda *a, **k: made_up([-1, -1, 2]))
-    with pytest.raises(ValueError, match="finds no BuPO layer.*-1.00"): auto_layer(None, [])
+    with pytest.raises(ValueError, match="finds no BuPO layer.*-1.00"):
+        auto_layer(None, [])
 
 
 def test_watch_is_the_same_numbers():
@@ -311,13 +490,21 @@ def test_attributions_are_complete(dtype):
     model, ids, P = tiny(std=0.15, dtype=dtype), tokens(20), 5
     got = attribute(model, ids, P, steps=24)
     assert got["gap"] < 0.01
-    close(got["attn"].sum() + got["mlp"].sum(), got["end"] - got["start"], 0.01 * abs(got["end"] - got["start"]))
+    close(
+        got["attn"].sum() + got["mlp"].sum(),
+        got["end"] - got["start"],
+        0.01 * abs(got["end"] - got["start"]),
+    )
     with torch.no_grad():
-        logits = model.unembed(model(ids[None]))[0, P - 1:-1]
-        start = model.unembed(model.norm(model.embed(ids)), 1)[P - 1:-1].log_softmax(-1)
+        logits = model.unembed(model(ids[None]))[0, P - 1 : -1]
+        start = model.unembed(model.norm(model.embed(ids)), 1)[P - 1 : -1].log_softmax(-1)
     close(got["end"], logits.log_softmax(-1).gather(-1, ids[P:, None]).mean(), 1e-5)
     close(got["start"], start.gather(-1, ids[P:, None]).mean(), 1e-5)
-    close(got["direct_embed"] + got["direct_attn"].sum() + got["direct_mlp"].sum(), logits.gather(-1, ids[P:, None]).mean(), 1e-5)
+    close(
+        got["direct_embed"] + got["direct_attn"].sum() + got["direct_mlp"].sum(),
+        logits.gather(-1, ids[P:, None]).mean(),
+        1e-5,
+    )
 
 
 def test_one_attribution_by_finite_differences():
@@ -329,9 +516,16 @@ def test_one_attribution_by_finite_differences():
         for (a, f), block in zip(scale, model.blocks, strict=True):
             x = x + a * block.attn_out(x, model.angles(ids[None]), decompose.causal)
             x = x + f * block.mlp_out(x)
-        return float((model.norm(x)[0, P - 1:-1] @ model.unembedding.T).log_softmax(-1).gather(-1, ids[P:, None]).mean().detach())
+        return float(
+            (model.norm(x)[0, P - 1 : -1] @ model.unembedding.T)
+            .log_softmax(-1)
+            .gather(-1, ids[P:, None])
+            .mean()
+            .detach()
+        )
+
     nodes, total, eps = np.linspace(0, 1, 41), 0.0, 1e-5
-    for i, a in enumerate(nodes):                      # trapezium, where the code uses Gauss-Legendre
+    for i, a in enumerate(nodes):  # trapezium, where the code uses Gauss-Legendre
         up, down = ([[a, a], [a, a]] for _ in range(2))
         up[0][1], down[0][1] = a + eps, a - eps
         total += (logprob(up) - logprob(down)) / (2 * eps) / 40 * (0.5 if i in (0, 40) else 1)
@@ -341,68 +535,158 @@ def test_one_attribution_by_finite_differences():
 def test_failure_signs():
     def rows(step, entropy, logprob):
         both = dict(step=step, n_layers=4)
-        return [dict(both, component="resid_post", paper_layer=l, entropy_nats=entropy) for l in (1, 2, 3, 4)] + [
-            dict(both, component="final", paper_layer=4, entropy_nats=1.0, logprob_token=logprob)]
+        return [
+            dict(both, component="resid_post", paper_layer=l, entropy_nats=entropy)
+            for l in (1, 2, 3, 4)
+        ] + [dict(both, component="final", paper_layer=4, entropy_nats=1.0, logprob_token=logprob)]
+
     healthy = rows(0, 3.0, -1.0) + rows(10, 2.5, -0.9) + rows(20, 2.4, -0.8)
     assert failure_signs(healthy, 20) == []
     rising = rows(0, 3.0, -1.0) + rows(20, 2.5, -0.9) + rows(30, 2.4, -1.4) + rows(40, 2.4, -2)
-    assert len(failure_signs(rising, 30)) == 1 and "step 20 to 4.055 at step 30" in failure_signs(rising, 30)[0]
-    assert failure_signs(rising, 20) == []                                   # after the phase it is not this failure
+    assert (
+        len(failure_signs(rising, 30)) == 1
+        and "step 20 to 4.055 at step 30" in failure_signs(rising, 30)[0]
+    )
+    assert failure_signs(rising, 20) == []  # after the phase it is not this failure
     assert "never falls" in failure_signs(rows(0, 3.0, -1.0) + rows(9, 3.1, -1.0))[0]
 
 
 # input that cannot be used ----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("options, message", [
-    (dict(components=("mlp",)), "no component mlp"), (dict(layers=[4]), "no layer 4"), (dict(norm="batch"), "no norm"),
-    (dict(temperature=0), "temperature"), (dict(chunk=0), "chunk"), (dict(components=()), "no components"),
-    (dict(prompt_len=0), "prompt_len"), (dict(prompt_len=9), "no response tokens"), (dict(ids=[1, 2, 101]), "rows 0 to 100"),
-    (dict(ids=[1, -2, 3]), "rows 0 to 100"), (dict(lengths=99), "at most T")])
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(components=("mlp",)), "no component mlp"),
+        (dict(layers=[4]), "no layer 4"),
+        (dict(norm="batch"), "no norm"),
+        (dict(temperature=0), "temperature"),
+        (dict(chunk=0), "chunk"),
+        (dict(components=()), "no components"),
+        (dict(prompt_len=0), "prompt_len"),
+        (dict(prompt_len=9), "no response tokens"),
+        (dict(ids=[1, 2, 101]), "rows 0 to 100"),
+        (dict(ids=[1, -2, 3]), "rows 0 to 100"),
+        (dict(lengths=99), "at most T"),
+    ],
+)
 def test_bad_input_is_one_line(options, message):
-    with pytest.raises(ValueError, match=message) as e: measure(tiny(), **{"ids": tokens(9), "prompt_len": 2, **options})
+    with pytest.raises(ValueError, match=message) as e:
+        measure(tiny(), **{"ids": tokens(9), "prompt_len": 2, **options})
     assert "\n" not in str(e.value)
 
 
 def test_the_command_on_stored_responses(tmp_path, capsys):
     save(tiny(), tmp_path / "model")
     save(tiny(std=0.2), tmp_path / "other")
-    lines = [json.dumps({"prompt_ids": tokens(4).tolist(), "ids": tokens(n, seed=n).tolist()}) for n in (20, 0, 8)]
+    lines = [
+        json.dumps({"prompt_ids": tokens(4).tolist(), "ids": tokens(n, seed=n).tolist()})
+        for n in (20, 0, 8)
+    ]
     (tmp_path / "s.jsonl").write_text("\n".join(lines) + "\n")
-    decompose.main(["--model", str(tmp_path / "model"), "--samples-file", str(tmp_path / "s.jsonl"), "--compare", str(tmp_path / "other"),
-                    "--out", str(tmp_path / "out"), "--attribute", "1", "--no-figures"])
+    decompose.main(
+        [
+            "--model",
+            str(tmp_path / "model"),
+            "--samples-file",
+            str(tmp_path / "s.jsonl"),
+            "--compare",
+            str(tmp_path / "other"),
+            "--out",
+            str(tmp_path / "out"),
+            "--attribute",
+            "1",
+            "--no-figures",
+        ]
+    )
     said = capsys.readouterr().out
-    assert "the paper's rule" in said and "model: 28 response tokens" in said and "other: 28 response tokens" in said
+    assert (
+        "the paper's rule" in said
+        and "model: 28 response tokens" in said
+        and "other: 28 response tokens" in said
+    )
     rows = [json.loads(x) for x in (tmp_path / "out/entropy.jsonl").read_text().splitlines()]
-    table = measure_all(load(tmp_path / "model"), [(json.loads(x)["prompt_ids"] + json.loads(x)["ids"], 4) for x in lines])
+    table = measure_all(
+        load(tmp_path / "model"),
+        [(json.loads(x)["prompt_ids"] + json.loads(x)["ids"], 4) for x in lines],
+    )
     mine = [r for r in rows if r["run"] == "model"]
-    assert [r["component"] for r in mine] == table["component"].tolist() and [r["paper_layer"] for r in mine] == table["layer"].tolist()
+    assert [r["component"] for r in mine] == table["component"].tolist() and [
+        r["paper_layer"] for r in mine
+    ] == table["layer"].tolist()
     close([r["entropy_nats"] for r in mine], table["entropy"].mean(-1), 1e-5)
     close([r["rank_q50"] for r in mine], np.median(table["rank"], -1), 1e-5)
-    assert all(r["ln_vocab"] == math.log(101) and r["tokens"] == 28 and r["norm"] == "none" and r["dtype"] == "float32" for r in rows)
-    changes = [json.loads(x) for x in (tmp_path / "out/entropy_change.jsonl").read_text().splitlines()]
-    close([r["dH_mlp"] for r in changes if r["run"] == "model"], entropy_change(table)["dH_mlp"].mean(-1), 1e-5)
+    assert all(
+        r["ln_vocab"] == math.log(101)
+        and r["tokens"] == 28
+        and r["norm"] == "none"
+        and r["dtype"] == "float32"
+        for r in rows
+    )
+    changes = [
+        json.loads(x) for x in (tmp_path / "out/entropy_change.jsonl").read_text().splitlines()
+    ]
+    close(
+        [r["dH_mlp"] for r in changes if r["run"] == "model"],
+        entropy_change(table)["dH_mlp"].mean(-1),
+        1e-5,
+    )
     with np.load(tmp_path / "out/tokens.npz", allow_pickle=False) as saved:
         close(saved["logprob"], table["logprob"], 1e-5)
-        assert set(saved["token"]) <= set(saved["text_ids"]) and json.loads(str(saved["meta"]))["run"] == "model"
-    assert {r["run"] for r in map(json.loads, (tmp_path / "out/attribution.jsonl").read_text().splitlines())} == {"model", "other"}
+        assert (
+            set(saved["token"]) <= set(saved["text_ids"])
+            and json.loads(str(saved["meta"]))["run"] == "model"
+        )
+    assert {
+        r["run"]
+        for r in map(json.loads, (tmp_path / "out/attribution.jsonl").read_text().splitlines())
+    } == {"model", "other"}
 
 
 def test_the_command_through_training(tmp_path, capsys):
     run = tmp_path / "run"
     save(tiny(std=0.1), tmp_path / "start")
-    for step, std in ((20, 0.1), (40, 0.3)): save(tiny(std=std), run / f"step_{step:06d}")
+    for step, std in ((20, 0.1), (40, 0.3)):
+        save(tiny(std=std), run / f"step_{step:06d}")
     (run / "config.json").write_text(json.dumps({"model": str(tmp_path / "start")}))
-    (run / "metrics.jsonl").write_text("".join(json.dumps({"step": s, "inter/layer": 1 if s <= 40 else 3}) + "\n" for s in range(1, 61)))
-    (tmp_path / "s.jsonl").write_text(json.dumps({"prompt_ids": tokens(4).tolist(), "ids": tokens(20, seed=1).tolist()}))
-    args = ["--model", str(run), "--samples-file", str(tmp_path / "s.jsonl"), "--out", str(tmp_path / "out"), "--no-figures"]
+    (run / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps({"step": s, "inter/layer": 1 if s <= 40 else 3}) + "\n" for s in range(1, 61)
+        )
+    )
+    (tmp_path / "s.jsonl").write_text(
+        json.dumps({"prompt_ids": tokens(4).tolist(), "ids": tokens(20, seed=1).tolist()})
+    )
+    args = [
+        "--model",
+        str(run),
+        "--samples-file",
+        str(tmp_path / "s.jsonl"),
+        "--out",
+        str(tmp_path / "out"),
+        "--no-figures",
+    ]
     decompose.main([*args, "--steps", "0,20,40"])
-    said = capsys.readouterr().out       # from std 0.1 to 0.3 the same tokens become less likely: the failure that is looked for
-    assert "internal phase too long" in said and "at step 40, inside the internal phase, which ends after step 40" in said
+    said = (
+        capsys.readouterr().out
+    )  # from std 0.1 to 0.3 the same tokens become less likely: the failure that is looked for
+    assert (
+        "internal phase too long" in said
+        and "at step 40, inside the internal phase, which ends after step 40" in said
+    )
     rows = [json.loads(x) for x in (tmp_path / "out/entropy.jsonl").read_text().splitlines()]
-    assert list(dict.fromkeys((r["run"], r["step"]) for r in rows)) == [("step 0", 0), ("step 20", 20), ("step 40", 40)]
+    assert list(dict.fromkeys((r["run"], r["step"]) for r in rows)) == [
+        ("step 0", 0),
+        ("step 20", 20),
+        ("step 40", 40),
+    ]
     assert rows[-1]["logprob_token"] < rows[0]["logprob_token"]
-    for extra, message in ((["--steps", "0,30"], "--steps 30: "), ([], "follow it with --steps 0,40")):
-        with pytest.raises(SystemExit) as stop: guarded(decompose.main, [*args, *extra])
+    for extra, message in (
+        (["--steps", "0,30"], "--steps 30: "),
+        ([], "follow it with --steps 0,40"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            guarded(decompose.main, [*args, *extra])
         assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -414,14 +698,18 @@ def test_mistakes_end_in_one_line(tmp_path, capsys):
     (tmp_path / "big.jsonl").write_text('{"prompt_ids": [1], "ids": [5000]}\n')
     model = ["--model", tmp_path / "model", "--out", tmp_path / "out"]
     for args, code, message in [
-            (["--model", tmp_path / "empty", "--text", "x"], 2, "config.json"), ([*model, "--components", "mlp"], 2, "no mlp"),
-            ([*model, "--samples-file", tmp_path / "bad.jsonl"], 3, "bad.jsonl:2"),
-            ([*model, "--samples-file", tmp_path / "none.jsonl"], 3, "no responses"),
-            ([*model, "--samples-file", tmp_path / "nowhere.jsonl"], 2, "nowhere.jsonl"),
-            ([*model, "--device", "cuda:77", "--text", "x"], 2, "cuda:77"),
-            ([*model, "--samples-file", tmp_path / "big.jsonl"], 3, "rows 0 to 100"), ([*model, "--limit", "0"], 2, "'0'"),
-            ([*model, "--text", "x"], 2, "tokenizer"),
-            ([*model, "--steps", "3", "--text", "x"], 2, "no step_ folders")]:
-        with pytest.raises(SystemExit) as stop: guarded(decompose.main, [str(x) for x in args])
+        (["--model", tmp_path / "empty", "--text", "x"], 2, "config.json"),
+        ([*model, "--components", "mlp"], 2, "no mlp"),
+        ([*model, "--samples-file", tmp_path / "bad.jsonl"], 3, "bad.jsonl:2"),
+        ([*model, "--samples-file", tmp_path / "none.jsonl"], 3, "no responses"),
+        ([*model, "--samples-file", tmp_path / "nowhere.jsonl"], 2, "nowhere.jsonl"),
+        ([*model, "--device", "cuda:77", "--text", "x"], 2, "cuda:77"),
+        ([*model, "--samples-file", tmp_path / "big.jsonl"], 3, "rows 0 to 100"),
+        ([*model, "--limit", "0"], 2, "'0'"),
+        ([*model, "--text", "x"], 2, "tokenizer"),
+        ([*model, "--steps", "3", "--text", "x"], 2, "no step_ folders"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            guarded(decompose.main, [str(x) for x in args])
         said = capsys.readouterr().err.strip().splitlines()
         assert stop.value.code == code and len(said) == 1 and message in said[0], (args, said)
