@@ -1,18 +1,25 @@
-"""Every internal policy of a model, measured: what each state of the residual stream would say if it were unembedded.
+"""Every internal policy of a model, measured: what each state of the residual
+stream would say if it were unembedded.
 
-    internal layer policy     pi^l      = softmax(H^l E_u^T / T)                 raw H^l, no norm
-    internal modular policy   pi^l_attn = softmax(A^l E_u^T / T),  pi^l_mlp = softmax(F^l E_u^T / T)
+    internal layer policy     pi^l      = softmax(H^l E_u^T / T)      raw H^l, no norm
+    internal modular policy   pi^l_attn = softmax(A^l E_u^T / T)
+                              pi^l_mlp  = softmax(F^l E_u^T / T)
     the model's own policy    pi^L      = softmax(norm(H^L) E_u^T / T)
 
-    python decompose.py --model qwen3-4b                                         # sample a few answers, then analyse them
+    python decompose.py --model qwen3-4b           # sample a few answers, analyse them
     python decompose.py --model qwen3-0.6b --text "The capital of France is Paris."
-    python decompose.py --model out/run --steps 30,300 --samples-file out/run/samples.jsonl     # one model through its training
-    python decompose.py --model qwen3-4b --compare out/run/step_000300           # two models on the same tokens
+    python decompose.py --model out/run --steps 30,300 \\
+        --samples-file out/run/samples.jsonl       # one model through its training
+    python decompose.py --model qwen3-4b --compare out/run/step_000300
+                                                   # two models on the same tokens
 
-The core is `measure`: blocks run one at a time, each state is unembedded once, a chunk of rows at a time, reduced in float32 to a few
-numbers a token, and dropped. Kept logits would be 67 MB a token for 36 layers; this needs one block and one chunk. Entropies are in
-nats. Without a norm the scale of a state acts as an inverse temperature: read an entropy beside its RMS.
-Definitions: "Bottom-up Policy Optimization", arXiv 2512.19673. Component names are those of TransformerLens.
+The core is `measure`: blocks run one at a time, each state is unembedded once, a
+chunk of rows at a time, reduced in float32 to a few numbers a token, and dropped.
+Kept logits would be 67 MB a token for 36 layers; this needs one block and one
+chunk. Entropies are in nats. Without a norm the scale of a state acts as an inverse
+temperature: read an entropy beside its RMS.
+Definitions: "Bottom-up Policy Optimization", arXiv 2512.19673. Component names are
+those of TransformerLens.
 """
 
 import argparse
@@ -28,15 +35,16 @@ from tqdm import tqdm
 import plot
 from cli import guarded, natural, pick_device, whole
 from data import DataError, load_problems
-from model import causal, load, project, read_json
+from model import causal, load, project, read_json, resolve
 
-# The order of the stream. attn_in and mlp_in are the normed states that a block's sub-layers read: the paper's entropy changes start there.
+# The order of the stream. attn_in and mlp_in are the normed states that a block's sub-layers read:
+# the paper's entropy changes start there.
 BLOCK = ("attn_in", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 COMPONENTS = ("embed", *BLOCK, "final")
 NORMS = ("none", "final", "rms")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # the core
 
 
@@ -323,7 +331,7 @@ def measure_all(model, sequences, max_tokens=None, seed=0, batch_tokens=4096, **
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # the paper's quantities
 
 
@@ -467,76 +475,120 @@ def perplexity(mean_logprob):
     return math.exp(min(-mean_logprob, 700))
 
 
-def attribute(model, ids, prompt_len, steps=32, temperature=1.0):
-    """Which writes carry the response: integrated gradients (arXiv 1703.01365) of its mean log-prob, beside direct logit attribution.
-
-    Every write is scaled by one number a, H^l = H^{l-1} + a A^l + a F^l, which goes from 0 (the embedding alone) to 1 (the model). The
-    share of a write is the integral over a of the slope of the log-prob in its own scale (Gauss-Legendre, `steps` nodes): what it does
-    itself and through all later blocks. Shares sum to end - start; `gap` is how far from it they are, as a part of it.
-    The direct attribution of a write is its own term A^l . E_token of the actual token's logit, scaled as the final norm scales H^L;
-    with the embedding's the terms sum to the logit. It sees no later block and no softmax.
-
-    ids [T] and prompt_len as in `measure`. Returns a dict: attn, mlp, direct_attn, direct_mlp, numpy [L], nats a token;
-    direct_embed; start and end, the mean log-probs at a = 0 and 1; gap.
-    """
-    from grpo import token_logprobs  # here, so that the rest can be lifted out with model.py alone
+def response_logprob(model, ids, prompt_len, temperature=1.0):
+    """(logprob, ids [1,T], positions [M]): a function from H^L [1,T,D] to the mean log-prob of the
+    response tokens, and the positions whose states produced them."""
+    from grpo import token_logprobs  # here: the rest can be lifted out with model.py alone
 
     ids, _, t = response_rows(model, ids, prompt_len)
-    E, L = model.unembedding.detach(), model.config.n_layers
+    E = model.unembedding.detach()
     ids, t = ids.to(E.device), t.to(E.device) - 1
-    token, angles = ids[0, t + 1], model.angles(ids)
+    token = ids[0, t + 1]
 
-    def logprob(scale):  # [L,2]
-        x = model.embed(ids)
-        for block, (a, f) in zip(model.blocks, scale, strict=True):
-            x = x + a * block.attn_out(x, angles, causal)
-            x = x + f * block.mlp_out(x)
-        return token_logprobs(model.norm(x[0, t]), E, token, temperature)[0].mean()
+    def logprob(h):
+        return float(token_logprobs(model.norm(h[0, t]), E, token, temperature)[0].mean())
 
-    def scales(a):
-        return torch.full((L, 2), a, device=E.device, dtype=E.dtype, requires_grad=True)
+    return logprob, ids, t
 
-    nodes, weights = np.polynomial.legendre.leggauss(steps)
-    share = 0
-    for a, w in zip((nodes + 1) / 2, weights / 2, strict=True):
-        at = scales(a)
-        share = share + w * torch.autograd.grad(logprob(at), at)[0].double().cpu().numpy()
-    with torch.no_grad():
-        start, end = (float(logprob(scales(a))) for a in (0.0, 1.0))
-        parts = {name: [] for name in ("embed", "attn_out", "mlp_out", "resid_post")}
-        for name, _, h, _, _ in states(model, ids, lambda h: h[0, t].float()):
-            if name in parts:
-                parts[name].append(h)
-        towards = model.norm.weight.float() * E[token].float() / temperature  # [M,D]
-        towards = towards * torch.rsqrt(
-            parts["resid_post"][-1].square().mean(-1, keepdim=True) + model.config.norm_eps
-        )
-        direct = {
-            name: np.array([float((h * towards).sum(-1).mean()) for h in hs])
-            for name, hs in parts.items()
-        }
+
+def mean_write(write):
+    """Mean over tokens of a write [1,T,D], at every token; the first token does not count."""
+    return write[:, 1:].float().mean(1, keepdim=True).to(write.dtype).expand_as(write)
+
+
+# what stands in for a write [1,T,D] that is left out
+FILLS = {"zero": torch.zeros_like, "mean": mean_write}
+
+
+@torch.no_grad()
+def leave_out(model, ids, prompt_len, temperature=1.0, fills=FILLS):
+    """How much the response depends on each write: the change of its tokens' mean log-prob, in nats,
+    when one A^l or F^l is replaced at every token and all later blocks run again.
+
+    fills: {name: what stands for a write [1,T,D]}. "zero" leaves the write out, "mean" puts its mean
+    over tokens there, and so takes away only what differs from token to token. Below 0 the response
+    is less likely without the write. 2 L forwards for each fill, half of their blocks known already.
+
+    Two changes are of two models, so changes do not add up to anything. What adds up, the integral of
+    the log-prob's slope along writes scaled from 0 to 1 (integrated gradients, arXiv 1703.01365), is
+    not computed here, because on a real model it does not converge: the embedding alone is tiny (RMS
+    0.1 where H^L has 30, SmolLM2-135M), every norm blows it up, and nine tenths of the log-prob
+    accrue below 1 % of the way, through states that the model never has. Shares of one response
+    missed their sum by 14 % at 32 nodes and by 15 % at 128. A difference of two forwards has no such
+    error; in bfloat16 what is below about 0.01 is rounding.
+
+    The mean leaves out the first token, whose writes can be hundreds of times as large as all others
+    (SmolLM2-135M: |F^12| is 25,058 there and 37 elsewhere), so that with it every token would get a
+    part of the first one's write.
+
+    ids [T] and prompt_len as in `measure`. Returns a dict of numpy [L]: NAME_attn and NAME_mlp for
+    each fill; and the float `logprob`, of the whole model.
+    """
+    logprob, ids, _ = response_logprob(model, ids, prompt_len, temperature)
+    L, angles, whole = model.config.n_layers, model.angles(ids), logprob(model(ids))
+    out = {f"{name}_{kind}": np.zeros(L) for name in fills for kind in ("attn", "mlp")}
+    for s in model.stream(ids):
+        block, later = model.blocks[s.layer - 1], model.blocks[s.layer :]
+        for name, fill in fills.items():
+            mid = s.resid_pre + fill(s.attn_out)
+            without = {"attn": mid + block.mlp_out(mid), "mlp": s.resid_mid + fill(s.mlp_out)}
+            for kind, h in without.items():
+                for following in later:
+                    h = following(h, angles, causal)
+                out[f"{name}_{kind}"][s.layer - 1] = logprob(h) - whole
+    return {**out, "logprob": whole}
+
+
+@torch.no_grad()
+def direct(model, ids, prompt_len, temperature=1.0):
+    """Direct logit attribution: the share of each write in the logit of the tokens produced, exact.
+
+    It is the write's own term A^l . E_token, scaled as the final norm scales H^L; with the
+    embedding's the terms sum to the logit. It sees no later block and no softmax.
+
+    Returns a dict: direct_attn and direct_mlp, numpy [L], and direct_embed, nats a token.
+    """
+    _, ids, t = response_logprob(model, ids, prompt_len, temperature)
+    E, token = model.unembedding, ids[0, t + 1]
+    parts = {name: [] for name in ("embed", "attn_out", "mlp_out", "resid_post")}
+    for name, _, h, _, _ in states(model, ids, lambda h: h[0, t].float()):
+        if name in parts:
+            parts[name].append(h)
+    mean_square = parts["resid_post"][-1].square().mean(-1, keepdim=True)
+    towards = model.norm.weight.float() * E[token].float() / temperature  # [M,D]
+    towards = towards * torch.rsqrt(mean_square + model.config.norm_eps)
+    terms = {
+        name: np.array([float((h * towards).sum(-1).mean()) for h in hs])
+        for name, hs in parts.items()
+    }
     return {
-        "attn": share[:, 0],
-        "mlp": share[:, 1],
-        "direct_attn": direct["attn_out"],
-        "direct_mlp": direct["mlp_out"],
-        "direct_embed": float(direct["embed"][0]),
-        "start": start,
-        "end": end,
-        "gap": abs(share.sum() - (end - start)) / max(abs(end - start), 1e-12),
+        "direct_attn": terms["attn_out"],
+        "direct_mlp": terms["mlp_out"],
+        "direct_embed": float(terms["embed"][0]),
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def attribute(model, ids, prompt_len, temperature=1.0):
+    """Which writes carry a response: `leave_out` and `direct` in one dict."""
+    options = (model, ids, prompt_len, temperature)
+    return {**leave_out(*options), **direct(*options)}
+
+
+# ----------------------------------------------------------------------------------------------
 # what is written: one row a state, one row a block, and every token in tokens.npz
 
 
-def summary(table, run="", step=None):
-    """Rows of entropy.jsonl: means over tokens of every state, quartiles where a mean misleads. Layers count from 1, nats throughout."""
+def summary(table, run="", step=None, model=None):
+    """Rows of entropy.jsonl: means over tokens of every state, quartiles where a mean misleads.
+
+    Layers count from 1, nats throughout. run: what the lines are called; model: what is measured,
+    when that is not `run` (a step of its training).
+    """
     meta, rows = table["meta"], []
     same = {
         "run": run,
         "step": step,
+        "model": model or run,
         "norm": meta["norm"],
         "temperature": meta["temperature"],
         "dtype": meta["dtype"],
@@ -667,7 +719,7 @@ def print_table(rows, changes):
             line(l, cells.get(("resid_post", l), {}), l)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # the command
 
 
@@ -696,7 +748,7 @@ def parser():
         nargs="+",
         default=[],
         metavar="MODEL",
-        help="more models, on the same tokens (same tokenizer)",
+        help="more models, on the same tokens (of the same vocabulary)",
     )
     add(
         "--samples-file",
@@ -727,7 +779,8 @@ def parser():
     add(
         "--system",
         metavar="TEXT",
-        help="instruction around the question (default: the paper's; the tiny model was shown an empty one)",
+        help="instruction around the question (default: the paper's; the tiny model was shown an "
+        "empty one)",
     )
     add(
         "--max-new-tokens",
@@ -769,7 +822,8 @@ def parser():
         type=whole,
         default=0,
         metavar="N",
-        help="attribute log-probs of N responses to the writes; slow (default: 0)",
+        help="for N responses: what leaving out each write does to their log-prob (4 L forwards "
+        "a response), and its direct share in the logit (default: 0)",
     )
     add(
         "--chunk",
@@ -789,7 +843,8 @@ def parser():
     add(
         "--out",
         metavar="DIR",
-        help="folder for entropy.jsonl, entropy_change.jsonl, tokens.npz and figures (default: out/decompose-NAME)",
+        help="folder for entropy.jsonl, entropy_change.jsonl, tokens.npz and figures "
+        "(default: out/decompose-MODEL, with the run of a step_000300 before it)",
     )
     add(
         "--figures",
@@ -804,9 +859,22 @@ def parser():
 
 
 def label(name):
-    """A short name for captions and folders: the last part of a path, behind its run for a step_000300."""
-    parts = Path(name).resolve().parts if Path(name).is_dir() else Path(name).parts
-    return "-".join(parts[-2:] if parts[-1].startswith("step_") else parts[-1:])
+    """A model's name for captions and folders: of a path its last part, but a hub cache's
+    repository, a run's model, and for a checkpoint (step_000300, warm-up) its run before it."""
+    path = Path(name)
+    if not path.is_dir():
+        return path.name or str(name)
+    path = path.resolve()
+    if path.parent.name == "snapshots":  # models--Qwen--Qwen3-4B/snapshots/COMMIT
+        return path.parents[1].name.rpartition("--")[2]
+    if path.name == "warm-up" or path.name.startswith("step_"):
+        return f"{plot.run_name(path.parent)}-{path.name}"
+    return plot.run_name(path)
+
+
+def folder_name(name):
+    """`label` as a part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", label(name)).strip(".") or "model"
 
 
 def variants(args):
@@ -841,51 +909,77 @@ def variants(args):
     return out
 
 
-def sequences_from(path, limit):
-    """[(ids, prompt_len)] of a samples.jsonl; ValueError with file and line on the first row that cannot be used."""
-    out = []
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; eval.py and train.py write a samples.jsonl")
-    with open(path, encoding="utf-8", errors="replace") as f:
-        for n, text in enumerate(f, 1):
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except ValueError:
-                row = None
-            prompt, ids = (
-                row.get(k) if isinstance(row, dict) else None for k in ("prompt_ids", "ids")
+def vocabulary(folder):
+    """{token: id} of the plain tokens in a folder's tokenizer.json; None without that file.
+    ValueError for a file that is no tokenizer."""
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        return None
+    model = read_json(path).get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), (dict, list)):
+        raise ValueError(f"{path}: no vocabulary in it")
+    return model["vocab"]
+
+
+def same_vocabulary(models):
+    """ValueError when two of these models or folders have other vocabularies: the same ids would be
+    other texts. Control tokens may differ, as they do between a base model and its chat model.
+    Where there is no tokenizer.json the rows of the embeddings are compared."""
+    first, *others = models
+    for other in others:
+        folders = resolve(first), resolve(other)
+        known = [vocabulary(folder) for folder in folders]
+        if None in known:
+            known = [read_json(folder / "config.json").get("vocab_size") for folder in folders]
+        if known[0] != known[1]:
+            raise ValueError(
+                f"--compare {other}: its vocabulary is not that of {first}, the same ids would be "
+                "other texts; compare models of one tokenizer"
             )
-            if not prompt or not all(
-                isinstance(x, list) and all(type(i) is int for i in x) for x in (prompt, ids)
-            ):
-                raise DataError(
-                    f"{path}:{n}: not a JSON object with lists of token ids 'prompt_ids' (at least one) and 'ids'"
-                )
-            if ids:
-                out.append((prompt + ids, len(prompt)))
-            if len(out) == limit:
-                break
+
+
+def is_sample(row):
+    """Whether a row of a samples.jsonl has token ids to analyse."""
+    lists = row.get("prompt_ids"), row.get("ids")
+    if not all(isinstance(ids, list) for ids in lists) or not lists[0]:
+        return False
+    return all(plot.whole(i, 0, 2**31 - 1) for ids in lists for i in ids)
+
+
+def sequences_from(path, limit):
+    """[(ids, prompt_len)] of a samples.jsonl: its first `limit` responses that are not empty.
+
+    Lines that are no rows are left out and counted. DataError when there is no response at all.
+    """
+    try:
+        rows, skipped = plot.read_rows(path, is_sample)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"{e}; eval.py and train.py write a samples.jsonl") from None
+    if skipped:
+        print(
+            f"{path}: {skipped} lines left out, without lists of token ids 'prompt_ids' and 'ids'"
+        )
+    out = [(r["prompt_ids"] + r["ids"], len(r["prompt_ids"])) for r in rows if r["ids"]]
     if not out:
         raise DataError(f"{path}: no responses in it")
-    return out
+    return out[:limit]
 
 
 def sample(model, tokenizer, args):
     """Responses of the model to the first problems of --data: [(ids, prompt_len)]."""
     from rollout import Sampler
 
-    problems = load_problems(args.data)[: args.limit]
-    if not problems:
-        raise DataError(f"{args.data}: no problems in it")
+    problems = load_problems(args.data, limit=args.limit)
     system = {} if args.system is None else {"system": args.system}
     prompts = [list(tokenizer.chat(p.question, **system)) for p in problems]
-    sampler = Sampler(
-        model,
-        slots=min(16, len(prompts) * args.samples),
-        max_len=max(map(len, prompts)) + args.max_new_tokens,
-    )
+    max_len = max(map(len, prompts)) + args.max_new_tokens
+    if max_len > model.config.max_len:
+        raise ValueError(
+            f"prompts of up to {max_len - args.max_new_tokens} tokens and --max-new-tokens "
+            f"{args.max_new_tokens} exceed the {model.config.max_len} tokens this model was made "
+            "for: lower --max-new-tokens"
+        )
+    sampler = Sampler(model, slots=min(16, len(prompts) * args.samples), max_len=max_len)
     print(
         f"sampling {len(prompts) * args.samples} responses of at most {args.max_new_tokens} tokens"
     )
@@ -896,11 +990,10 @@ def sample(model, tokenizer, args):
         temperature=args.temperature,
         stop_ids=tokenizer.stop_ids,
         seed=args.seed,
-        n_vocab=tokenizer.n_vocab,
+        n_vocab=min(tokenizer.n_vocab, model.config.vocab_size),
     )
-    print(
-        f"first prompt: {tokenizer.decode(prompts[0])!r}\nfirst response: {tokenizer.decode(groups[0][0].ids)[:500]!r}"
-    )
+    print(f"first prompt: {tokenizer.decode(prompts[0])!r}")
+    print(f"first response: {tokenizer.decode(groups[0][0].ids)[:500]!r}")
     return [
         (prompt + list(s.ids), len(prompt))
         for prompt, group in zip(prompts, groups, strict=True)
@@ -940,18 +1033,28 @@ def report(tables, rows, changes, internal_steps):
         print(f"WARNING: {sign}")
 
 
-def analyse(args):
-    """The command: model, responses, measurement, report, files, figures."""
+def check(args):
+    """Refuse what can be refused before anything is loaded; returns {label: (step or None, folder)}
+    of the models and the folder to write into."""
     if bad := set(args.components) - set(COMPONENTS):
         raise ValueError(f"--components: no {min(bad)}; there are {', '.join(COMPONENTS)}")
-    if not args.temperature > 0:
-        raise ValueError(f"--temperature {args.temperature} must be above 0")
-    device = torch.device(pick_device(args.device))
-    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    models = variants(args)
-    out = Path(args.out or f"out/decompose-{re.sub(r'[^A-Za-z0-9._-]', '-', label(args.model))}")
+    if not 0 < args.temperature < math.inf:
+        raise ValueError(f"--temperature {args.temperature} must be a number above 0")
+    if not args.data:
+        raise ValueError("--data names no problems: give a named set or a file")
+    out = Path(args.out or f"out/decompose-{folder_name(args.model)}")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
+    models = variants(args)
+    same_vocabulary([next(iter(models.values()))[1], *args.compare])
+    return models, out
+
+
+def analyse(args):
+    """The command: model, responses, measurement, report, files, figures."""
+    models, out = check(args)
+    device = torch.device(pick_device(args.device))
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     model = load(next(iter(models.values()))[1], dtype, device)
     import tokenizer as tokenizers
 
@@ -969,86 +1072,95 @@ def analyse(args):
     else:
         sequences = sample(model, tokenizer, args)
 
-    tables, attributions = {}, []
-    n_tokens = min(args.max_tokens, sum(len(ids) - p for ids, p in sequences))
-    for k, (name, (step, folder)) in enumerate(models.items()):
-        if k:
+    tables, rows, changes, attributions = {}, [], [], []
+    for name, (step, folder) in models.items():
+        if tables:
             del model  # before the next one takes its place
             model = load(folder, dtype, device)
-        n_states = sum(model.config.n_layers if c in BLOCK else 1 for c in set(args.components))
-        with tqdm(
-            total=n_tokens * n_states, unit="state", unit_scale=True, desc=name, disable=None
-        ) as bar:
-            tables[name] = measure_all(
-                model,
-                sequences,
-                args.max_tokens,
-                args.seed,
-                components=args.components,
-                norm=args.norm,
-                temperature=args.temperature,
-                chunk=args.chunk,
-                n_vocab=tokenizer and tokenizer.n_vocab,
-                tick=bar.update,
-            )
-        for i, (ids, p) in enumerate(
-            tqdm(sequences[: args.attribute], desc="attribution", disable=None)
-        ):
-            if len(ids) == p:
-                continue
-            found = attribute(model, ids, p, temperature=args.temperature)
-            if found["gap"] > 0.01:
-                print(
-                    f"WARNING: {name}, response {i}: attributions miss the whole by {found['gap']:.1%}"
-                )
-            attributions.append(
-                {
-                    "run": name,
-                    "step": step,
-                    "example_id": i,
-                    "tokens": len(ids) - p,
-                    **{x: v.tolist() if isinstance(v, np.ndarray) else v for x, v in found.items()},
-                }
-            )
-    rows = [r for name, (step, _) in models.items() for r in summary(tables[name], name, step)]
-    changes = [
-        r for name, (step, _) in models.items() for r in change_summary(tables[name], name, step)
-    ]
-    metrics = Path(args.model) / "metrics.jsonl"
-    phases = (
-        plot.internal_phases(plot.read_rows(metrics)) if args.steps and metrics.is_file() else []
-    )
-    report(tables, rows, changes, max((last for _, last, _ in phases), default=0))
+        tables[name] = measure_shown(model, sequences, args, name, tokenizer)
+        attributions += attributed(model, sequences[: args.attribute], args, name, step)
+        about = label(args.model) if step is not None else None
+        rows += summary(tables[name], name, step, about)
+        changes += change_summary(tables[name], name, step)
+    report(tables, rows, changes, internal_steps(args.model) if args.steps else 0)
     write(out, tables, rows, changes, attributions, tokenizer)
     if args.figures:
         for path in plot.folder(out):
             print(f"wrote {path}")
 
 
+def measure_shown(model, sequences, args, name, tokenizer):
+    """`measure_all` as the flags say, with a progress bar."""
+    n_tokens = min(args.max_tokens, sum(len(ids) - p for ids, p in sequences))
+    n_states = sum(model.config.n_layers if c in BLOCK else 1 for c in set(args.components))
+    shown = dict(total=n_tokens * n_states, unit="state", unit_scale=True, desc=name, disable=None)
+    with tqdm(**shown) as bar:
+        return measure_all(
+            model,
+            sequences,
+            args.max_tokens,
+            args.seed,
+            components=args.components,
+            norm=args.norm,
+            temperature=args.temperature,
+            chunk=args.chunk,
+            n_vocab=tokenizer and tokenizer.n_vocab,
+            tick=bar.update,
+        )
+
+
+def attributed(model, sequences, args, name, step):
+    """Rows of attribution.jsonl: `attribute` of each sequence that has a response."""
+    rows = []
+    for i, (ids, p) in enumerate(tqdm(sequences, desc="attribution", disable=None)):
+        if len(ids) == p:
+            continue
+        found = attribute(model, ids, p, args.temperature)
+        lists = {key: v.tolist() if isinstance(v, np.ndarray) else v for key, v in found.items()}
+        about = {"run": name, "step": step, "example_id": i, "tokens": len(ids) - p}
+        rows.append({**about, **lists})
+    return rows
+
+
+def internal_steps(run):
+    """The last step of a run's internal phases, by its metrics.jsonl; 0 without."""
+    path = Path(run) / "metrics.jsonl"
+    rows = plot.read_rows(path, plot.is_metrics)[0] if path.is_file() else []
+    phases = plot.internal_phases(sorted(rows, key=lambda row: row["step"]))
+    return max((last for _, last, _ in phases), default=0)
+
+
 def write(out, tables, rows, changes, attributions, tokenizer):
-    """All that figures need: entropy.jsonl, entropy_change.jsonl, attribution.jsonl, and tokens.npz (tokens-2.npz for a second model)."""
+    """All that figures need: entropy.jsonl, entropy_change.jsonl, attribution.jsonl, and tokens.npz
+    (tokens-2.npz for a second model)."""
     out.mkdir(parents=True, exist_ok=True)
-    for stale in [*out.glob("tokens*.npz"), *out.glob("attribution.jsonl")]:
-        stale.unlink()
-    for file, content in (
-        ("entropy.jsonl", rows),
-        ("entropy_change.jsonl", changes),
-        ("attribution.jsonl", attributions),
-    ):
+    files = {
+        "entropy.jsonl": rows,
+        "entropy_change.jsonl": changes,
+        "attribution.jsonl": attributions,
+    }
+    for stale in [*out.glob("tokens*.npz"), *(out / name for name in files)]:
+        stale.unlink(missing_ok=True)
+    for name, content in files.items():
         if content:
-            (out / file).write_text("".join(json.dumps(r) + "\n" for r in content))
+            (out / name).write_text("".join(json.dumps(r) + "\n" for r in content))
     for k, (name, table) in enumerate(tables.items(), 1):
         ids = np.unique(np.concatenate([table["token"], table["top_ids"].ravel()]))
-        texts = [
-            tokenizer.decode([int(i)]) if tokenizer and i < tokenizer.n_vocab else f"<{i}>"
-            for i in ids
-        ]
         np.savez_compressed(
             out / ("tokens.npz" if k == 1 else f"tokens-{k}.npz"),
             text_ids=ids,
-            text=np.array(texts),
+            text=np.array([token_text(tokenizer, int(i)) for i in ids]),
             **{**table, "meta": np.array(json.dumps({**table["meta"], "run": name}))},
         )
+
+
+def token_text(tokenizer, i):
+    """The text of a token for tokens.npz. Bytes that are no character alone, as in half a Chinese
+    one, are escapes, and so is NUL, which numpy drops at the end of a text; <17> without a text."""
+    if not tokenizer or i >= tokenizer.n_vocab:
+        return f"<{i}>"
+    text = tokenizer.token_bytes(i).decode("utf-8", "backslashreplace")
+    return text.replace("\0", "\\x00")
 
 
 def main(argv=None):

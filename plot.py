@@ -244,7 +244,7 @@ def model_of(run):
 def run_name(run):
     """What a run is called: its model, and its folder where that says something else."""
     folder, model = Path(run).resolve().name, Path(model_of(run) or "").name
-    return folder if model in folder else f"{model}, {folder}"
+    return folder if model.casefold() in folder.casefold() else f"{model}-{folder}"
 
 
 # ----------------------------------------------------------------------------------------------

@@ -143,6 +143,10 @@ class Tokenizer:
         Control tokens give their spelling."""
         return b"".join(self._tokens.get(int(i), UNKNOWN) for i in ids).decode("utf-8", "replace")
 
+    def token_bytes(self, i):
+        """Bytes of one token, which need not be whole characters; those of U+FFFD outside the vocabulary."""
+        return self._tokens.get(int(i), UNKNOWN)
+
     def chat(self, question, system=SYSTEM, thinking=False):
         """Prompt ids for one question, up to where the reply starts. system "" or None: no instruction. thinking=True: Qwen3 may think."""
         render, _ = FORMATS[self.format]

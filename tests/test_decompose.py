@@ -8,7 +8,10 @@ import pytest
 import torch
 
 import decompose
+import plot
+import tiny as embedded
 from cli import guarded
+from data import Problem
 from decompose import (
     attribute,
     auto_layer,
@@ -486,20 +489,12 @@ def test_watch_is_the_same_numbers():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_attributions_are_complete(dtype):
+def test_direct_attributions_are_complete(dtype):
     model, ids, P = tiny(std=0.15, dtype=dtype), tokens(20), 5
-    got = attribute(model, ids, P, steps=24)
-    assert got["gap"] < 0.01
-    close(
-        got["attn"].sum() + got["mlp"].sum(),
-        got["end"] - got["start"],
-        0.01 * abs(got["end"] - got["start"]),
-    )
+    got = attribute(model, ids, P)
     with torch.no_grad():
         logits = model.unembed(model(ids[None]))[0, P - 1 : -1]
-        start = model.unembed(model.norm(model.embed(ids)), 1)[P - 1 : -1].log_softmax(-1)
-    close(got["end"], logits.log_softmax(-1).gather(-1, ids[P:, None]).mean(), 1e-5)
-    close(got["start"], start.gather(-1, ids[P:, None]).mean(), 1e-5)
+    close(got["logprob"], logits.log_softmax(-1).gather(-1, ids[P:, None]).mean(), 1e-5)
     close(
         got["direct_embed"] + got["direct_attn"].sum() + got["direct_mlp"].sum(),
         logits.gather(-1, ids[P:, None]).mean(),
@@ -507,29 +502,96 @@ def test_attributions_are_complete(dtype):
     )
 
 
-def test_one_attribution_by_finite_differences():
-    """The share of a write is the integral of the slope in its own scale: recomputed from differences of log-probs, block by block."""
-    model, ids, P = tiny(std=0.15, n_layers=2).double(), tokens(10), 3
+def without(model, layer, kind, fill, ids, P):
+    """Mean log-prob of the response when one write is another, by a whole forward of a model whose
+    block returns it."""
+    block = model.blocks[layer - 1]
+    write = getattr(block, kind)
+    setattr(block, kind, lambda *args: fill(write(*args)))
+    with torch.no_grad():
+        logp = model.unembed(model(ids[None]))[0, P - 1 : -1].log_softmax(-1)
+    delattr(block, kind)
+    return logp.gather(-1, ids[P:, None]).mean().item()
 
-    def logprob(scale):
-        x = model.embed(ids[None])
-        for (a, f), block in zip(scale, model.blocks, strict=True):
-            x = x + a * block.attn_out(x, model.angles(ids[None]), decompose.causal)
-            x = x + f * block.mlp_out(x)
-        return float(
-            (model.norm(x)[0, P - 1 : -1] @ model.unembedding.T)
-            .log_softmax(-1)
-            .gather(-1, ids[P:, None])
-            .mean()
-            .detach()
-        )
 
-    nodes, total, eps = np.linspace(0, 1, 41), 0.0, 1e-5
-    for i, a in enumerate(nodes):  # trapezium, where the code uses Gauss-Legendre
-        up, down = ([[a, a], [a, a]] for _ in range(2))
-        up[0][1], down[0][1] = a + eps, a - eps
-        total += (logprob(up) - logprob(down)) / (2 * eps) / 40 * (0.5 if i in (0, 40) else 1)
-    assert abs(attribute(model, ids, P)["mlp"][0] - total) < 1e-3 * max(1, abs(total))
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_left_out_writes_are_those_of_a_changed_model(family):
+    model, ids, P = tiny(family), tokens(15), 4
+    got = attribute(model, ids, P)
+    whole = without(model, 1, "mlp_out", lambda write: write, ids, P)
+    close(got["logprob"], whole, 1e-6)
+    fills = {"zero": lambda w: 0 * w, "mean": lambda w: w[:, 1:].mean(1, keepdim=True) + 0 * w}
+    for name, fill in fills.items():
+        for l in (1, 2, 3):
+            for kind in ("attn", "mlp"):
+                want = without(model, l, f"{kind}_out", fill, ids, P) - whole
+                assert abs(want) > 1e-4
+                assert abs(got[f"{name}_{kind}"][l - 1] - want) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_leaving_nothing_out_changes_nothing(dtype):
+    """Bit for bit; and a write that is zero, or the same at every token, can be left out."""
+    model, ids = tiny(dtype=dtype), tokens(15)
+    nothing = decompose.leave_out(model, ids, 4, fills={"nothing": lambda write: write})
+    assert not nothing["nothing_attn"].any() and not nothing["nothing_mlp"].any()
+    with torch.no_grad():
+        model.blocks[1].down.weight.zero_()
+        model.blocks[2].o.weight.zero_()
+    got = attribute(model, ids, 4)
+    assert got["zero_mlp"][1] == got["mean_mlp"][1] == got["zero_attn"][2] == 0
+    assert got["zero_mlp"][0] and got["mean_mlp"][0]
+    same = decompose.leave_out(tiny(dtype=dtype), torch.full((9,), 7), 4)
+    assert np.abs([same["mean_attn"], same["mean_mlp"]]).max() < (
+        0.05 if dtype.itemsize == 2 else 1e-5
+    )
+
+
+def test_a_left_out_write_by_hand():
+    """One block of width 2 whose attention writes nothing; three tokens, of which the third is the
+    response, produced at the second."""
+    config = Config(
+        "llama", vocab_size=3, d_model=2, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=2, d_mlp=1
+    )
+    model = Transformer(config).init_weights(0, 0.0).double()
+    embed, head = [[1.0, 2.0], [3.0, -1.0], [3.0, -2.0]], [[1.0, 0.0], [-1.0, 2.0], [0.5, -0.5]]
+    with torch.no_grad():
+        model.embed.weight.copy_(torch.tensor(embed))
+        model.head.weight.copy_(torch.tensor(head))
+        model.blocks[0].gate_up.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        model.blocks[0].down.weight.copy_(torch.tensor([[2.0], [-1.0]]))
+
+    def norm(x):
+        rms = math.sqrt((x[0] ** 2 + x[1] ** 2) / 2 + config.norm_eps)
+        return [x[0] / rms, x[1] / rms]
+
+    def write(x):  # silu(first) * second, down to two numbers
+        gate, up = norm(x)
+        product = gate / (1 + math.exp(-gate)) * up
+        return [2 * product, -product]
+
+    def logprob(x, token):
+        logits = [sum(a * b for a, b in zip(norm(x), row, strict=True)) for row in head]
+        return logits[token] - math.log(sum(map(math.exp, logits)))
+
+    def added(x, w):
+        return [x[0] + w[0], x[1] + w[1]]
+
+    ids = [0, 1, 2]
+    writes, at = [write(embed[i]) for i in ids], embed[ids[1]]
+    mean = [(writes[1][k] + writes[2][k]) / 2 for k in range(2)]  # without the first token's
+    whole = logprob(added(at, writes[1]), ids[2])
+    got = attribute(model, ids, 2)
+    close(got["logprob"], whole, 1e-6)
+    close(got["zero_mlp"], [logprob(at, ids[2]) - whole], 1e-6)
+    close(got["mean_mlp"], [logprob(added(at, mean), ids[2]) - whole], 1e-6)
+    assert got["zero_attn"] == got["mean_attn"] == [0]
+    assert abs(got["zero_mlp"][0] - got["mean_mlp"][0]) > 0.01
+
+
+def test_the_first_token_does_not_enter_the_mean():
+    write = torch.tensor([[[1e6, 0.0], [1.0, 2.0], [3.0, 4.0]]])
+    assert decompose.mean_write(write).tolist() == [[[2.0, 3.0]] * 3]
 
 
 def test_failure_signs():
@@ -637,10 +699,10 @@ def test_the_command_on_stored_responses(tmp_path, capsys):
             set(saved["token"]) <= set(saved["text_ids"])
             and json.loads(str(saved["meta"]))["run"] == "model"
         )
-    assert {
-        r["run"]
-        for r in map(json.loads, (tmp_path / "out/attribution.jsonl").read_text().splitlines())
-    } == {"model", "other"}
+    found = [json.loads(x) for x in (tmp_path / "out/attribution.jsonl").read_text().splitlines()]
+    assert [r["run"] for r in found] == ["model", "other"]
+    assert all(map(plot.is_attribution, found)) and all(map(plot.is_state, rows))
+    assert all(map(plot.is_change, changes)) and plot.read_tokens(tmp_path / "out/tokens-2.npz")
 
 
 def test_the_command_through_training(tmp_path, capsys):
@@ -681,6 +743,7 @@ def test_the_command_through_training(tmp_path, capsys):
         ("step 40", 40),
     ]
     assert rows[-1]["logprob_token"] < rows[0]["logprob_token"]
+    assert {r["model"] for r in rows} == {"start-run"}
     for extra, message in (
         (["--steps", "0,30"], "--steps 30: "),
         ([], "follow it with --steps 0,40"),
@@ -693,14 +756,14 @@ def test_the_command_through_training(tmp_path, capsys):
 def test_mistakes_end_in_one_line(tmp_path, capsys):
     save(tiny(), tmp_path / "model")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "bad.jsonl").write_text('{"prompt_ids": [1], "ids": [2]}\n{"prompt_ids": "x"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"prompt_ids": [1], "ids": [-2]}\n{"prompt_ids": "x"}\n')
     (tmp_path / "none.jsonl").write_text("\n")
     (tmp_path / "big.jsonl").write_text('{"prompt_ids": [1], "ids": [5000]}\n')
     model = ["--model", tmp_path / "model", "--out", tmp_path / "out"]
     for args, code, message in [
         (["--model", tmp_path / "empty", "--text", "x"], 2, "config.json"),
         ([*model, "--components", "mlp"], 2, "no mlp"),
-        ([*model, "--samples-file", tmp_path / "bad.jsonl"], 3, "bad.jsonl:2"),
+        ([*model, "--samples-file", tmp_path / "bad.jsonl"], 3, "bad.jsonl: no responses"),
         ([*model, "--samples-file", tmp_path / "none.jsonl"], 3, "no responses"),
         ([*model, "--samples-file", tmp_path / "nowhere.jsonl"], 2, "nowhere.jsonl"),
         ([*model, "--device", "cuda:77", "--text", "x"], 2, "cuda:77"),
@@ -708,8 +771,153 @@ def test_mistakes_end_in_one_line(tmp_path, capsys):
         ([*model, "--limit", "0"], 2, "'0'"),
         ([*model, "--text", "x"], 2, "tokenizer"),
         ([*model, "--steps", "3", "--text", "x"], 2, "no step_ folders"),
+        ([*model, "--temperature", "inf"], 2, "--temperature inf"),
+        ([*model, "--temperature", "nan"], 2, "--temperature nan"),
+        ([*model, "--data", ""], 2, "--data"),
+        ([*model, "--out", tmp_path / "big.jsonl"], 2, "is a file"),
     ]:
         with pytest.raises(SystemExit) as stop:
             guarded(decompose.main, [str(x) for x in args])
         said = capsys.readouterr().err.strip().splitlines()
         assert stop.value.code == code and len(said) == 1 and message in said[0], (args, said)
+
+
+def byte_model(folder, **changes):
+    """A random model over the 256 bytes, with its tokenizer."""
+    config = Config("qwen3", **{**SHAPE, "vocab_size": 260, "tied": True, **changes})
+    save(Transformer(config).init_weights(0, 0.3), folder)
+    embedded.write_tokenizer(folder)
+    return folder
+
+
+def refused(args, capsys):
+    with pytest.raises(SystemExit) as stop:
+        guarded(decompose.main, [str(x) for x in args])
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1, said
+    return stop.value.code, said[0]
+
+
+def test_another_vocabulary_is_refused(tmp_path, capsys, monkeypatch):
+    """By the texts of the plain tokens, before any weights are read; control tokens may differ."""
+    one, other, chat = (byte_model(tmp_path / name) for name in ("one", "other", "chat"))
+    file = json.loads((other / "tokenizer.json").read_text())
+    vocab = file["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (other / "tokenizer.json").write_text(json.dumps(file))
+    file = json.loads((chat / "tokenizer.json").read_text())
+    file["added_tokens"][0]["content"] = "<|im_end|>"
+    (chat / "tokenizer.json").write_text(json.dumps(file))
+    save(tiny(), tmp_path / "bare")
+    (tmp_path / "s.jsonl").write_text('{"prompt_ids": [1, 2], "ids": [3, 4]}\n')
+    args = ["--model", one, "--samples-file", tmp_path / "s.jsonl", "--out", tmp_path / "out"]
+    with monkeypatch.context() as m:
+        m.setattr(decompose, "load", None)
+        for wrong in (other, tmp_path / "bare"):
+            code, said = refused([*args, "--compare", wrong], capsys)
+            assert code == 2 and f"--compare {wrong}: its vocabulary is not that of {one}" in said
+        (chat / "model.safetensors").rename(chat / "weights")
+        file = (chat / "tokenizer.json").read_text()
+        (chat / "tokenizer.json").write_text('{"model": []}')
+        assert "no vocabulary" in refused([*args, "--compare", chat], capsys)[1]
+    (chat / "tokenizer.json").write_text(file)
+    (chat / "weights").rename(chat / "model.safetensors")
+    decompose.main([str(x) for x in (*args, "--compare", chat, "--no-figures")])
+    assert "chat: 2 response tokens" in capsys.readouterr().out
+
+
+def test_the_limit_reaches_the_reader(tmp_path, capsys, monkeypatch):
+    """Of a large set the first problems alone are fetched."""
+    asked = []
+
+    def load_problems(name, limit=None):
+        asked.append((name, limit))
+        return [Problem("1+1", "2")] * limit
+
+    monkeypatch.setattr(decompose, "load_problems", load_problems)
+    model = byte_model(tmp_path / "m")
+    args = ["--model", model, "--data", "deepmath", "--limit", 2, "--max-new-tokens", 3]
+    args += ["--system", "", "--out", tmp_path / "out", "--no-figures"]
+    decompose.main([str(x) for x in args])
+    assert asked == [("deepmath", 2)] and "sampling 2 responses" in capsys.readouterr().out
+    code, said = refused([*args, "--max-new-tokens", 64], capsys)
+    assert code == 2 and "exceed the 64 tokens this model was made for" in said
+
+
+def test_damaged_samples_are_counted(tmp_path, capsys):
+    good = {"prompt_ids": [1, 2], "ids": [3, 4], "response": "a\u2028b"}
+    bad = [
+        "torn {",
+        "[]",
+        json.dumps({**good, "ids": [3, 2**70]}),
+        json.dumps({**good, "ids": "x"}),
+    ]
+    bad += [json.dumps({**good, "prompt_ids": []}), json.dumps({**good, "ids": [True]})]
+    empty = json.dumps({**good, "ids": []})
+    lines = [json.dumps(good, ensure_ascii=False), *bad, empty, json.dumps(good)]
+    (tmp_path / "s.jsonl").write_text("\n".join(lines), "utf-8")
+    assert decompose.sequences_from(tmp_path / "s.jsonl", 5) == [([1, 2, 3, 4], 2)] * 2
+    assert f"{len(bad)} lines left out" in capsys.readouterr().out
+    assert decompose.sequences_from(tmp_path / "s.jsonl", 1) == [([1, 2, 3, 4], 2)]
+
+
+def test_labels_are_names_of_models(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder, config in {
+        "run2/step_000300": {"model_type": "qwen3"},
+        "run10/step_000300": {"model_type": "qwen3"},
+        "seed1/warm-up": {"model_type": "qwen3"},
+        "seed1": {"model": "tiny"},
+        "out/qwen3-4b": {"model": "Qwen/Qwen3-4B"},
+        "out/qwen3-4b/step_000030": {"model_type": "qwen3"},
+        "hub/models--Qwen--Qwen3-4B/snapshots/0123abcd": {"model_type": "qwen3"},
+        "smollm": {"model_type": "llama"},
+        "torn": "{",
+    }.items():
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        text = config if isinstance(config, str) else json.dumps(config)
+        (tmp_path / folder / "config.json").write_text(text)
+    for name, want in {
+        "run2/step_000300": "run2-step_000300",
+        "run10/step_000300/": "run10-step_000300",
+        "seed1/warm-up": "tiny-seed1-warm-up",
+        "seed1": "tiny-seed1",
+        "out/qwen3-4b/step_000030": "qwen3-4b-step_000030",
+        "hub/models--Qwen--Qwen3-4B/snapshots/0123abcd": "Qwen3-4B",
+        "smollm": "smollm",
+        "torn": "torn",
+        "qwen3-4b": "qwen3-4b",
+        "Qwen/Qwen3-4B": "Qwen3-4B",
+        ".": tmp_path.name,
+    }.items():
+        assert decompose.label(name) == want, name
+    assert decompose.folder_name("a/b c*") == "b-c-" and decompose.folder_name("/") == "model"
+
+
+def test_texts_of_tokens(tmp_path):
+    """Bytes that are no character alone are escapes, in files and figures."""
+    import tokenizer
+
+    tok = tokenizer.load(byte_model(tmp_path))
+    texts = [decompose.token_text(tok, i) for i in (0, 10, 65, 0x9F, 0xFF, 256, 300)]
+    assert texts == ["\\x00", "\n", "A", "\\x9f", "\\xff", "<|endoftext|>", "<300>"]
+    assert decompose.token_text(None, 7) == "<7>"
+    assert [plot.printable(t) for t in texts[:4]] == ["\\x00", "\\n", "A", "\\x9f"]
+
+
+def test_files_of_an_earlier_analysis_do_not_stay(tmp_path, capsys):
+    """An entropy_change.jsonl of other responses would be drawn beside the new figures."""
+    model = byte_model(tmp_path / "m")
+    args = [
+        "--model",
+        str(model),
+        "--text",
+        "abcdef",
+        "--out",
+        str(tmp_path / "out"),
+        "--no-figures",
+    ]
+    decompose.main([*args, "--attribute", "1"])
+    assert (tmp_path / "out/entropy_change.jsonl").exists()
+    decompose.main([*args, "--components", "mlp_out"])
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"entropy.jsonl", "tokens.npz"}

@@ -372,8 +372,8 @@ def test_names_in_captions(tmp_path, sketch):
     assert plot.names_of(mixed) == "qwen step 0, qwen step 20, m"
     assert plot.names_of(state_rows()) == "m"
     for folder, model, want in (
-        ("seed2", "tiny", "tiny, seed2"),
-        ("qwen3-4b", "Qwen/qwen3-4b", "qwen3-4b"),
+        ("seed2", "tiny", "tiny-seed2"),
+        ("qwen3-4b", "Qwen/Qwen3-4B", "qwen3-4b"),
         ("other", None, "other"),
         ("torn", 3, "torn"),
     ):
@@ -383,7 +383,7 @@ def test_names_in_captions(tmp_path, sketch):
         assert plot.run_name(tmp_path / folder) == want
     jsonl(tmp_path / "seed2" / "metrics.jsonl", metric_rows(3, 1))
     plot.folder(tmp_path / "seed2")
-    assert sketch[-1].get_supxlabel().startswith("tiny, seed2, 3 steps")
+    assert sketch[-1].get_supxlabel().startswith("tiny-seed2, 3 steps")
 
 
 def test_the_same_data_gives_the_same_files(tmp_path):
