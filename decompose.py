@@ -1,25 +1,26 @@
 """Every internal policy of a model, measured: what each state of the residual
 stream would say if it were unembedded.
 
-    internal layer policy     pi^l      = softmax(H^l E_u^T / T)      raw H^l, no norm
+    internal layer policy     pi^l      = softmax(H^l E_u^T / T)    no norm
     internal modular policy   pi^l_attn = softmax(A^l E_u^T / T)
                               pi^l_mlp  = softmax(F^l E_u^T / T)
     the model's own policy    pi^L      = softmax(norm(H^L) E_u^T / T)
 
-    python decompose.py --model qwen3-4b           # sample a few answers, analyse them
-    python decompose.py --model qwen3-0.6b --text "The capital of France is Paris."
+    python decompose.py --model qwen3-4b      sample answers, analyse them
+    python decompose.py --model qwen3-0.6b --text "The capital of France is"
     python decompose.py --model out/run --steps 30,300 \\
-        --samples-file out/run/samples.jsonl       # one model through its training
+        --samples-file out/run/samples.jsonl  one model through its training
     python decompose.py --model qwen3-4b --compare out/run/step_000300
-                                                   # two models on the same tokens
+                                              two models on the same tokens
 
-The core is `measure`: blocks run one at a time, each state is unembedded once, a
-chunk of rows at a time, reduced in float32 to a few numbers a token, and dropped.
-Kept logits would be 67 MB a token for 36 layers; this needs one block and one
-chunk. Entropies are in nats. Without a norm the scale of a state acts as an inverse
-temperature: read an entropy beside its RMS.
-Definitions: "Bottom-up Policy Optimization", arXiv 2512.19673. Component names are
-those of TransformerLens.
+The core is `measure`: blocks run one at a time, each state is unembedded once,
+a chunk of rows at a time, reduced in float32 to a few numbers a token, and
+dropped. Kept logits would be 67 MB a token for 36 layers; this needs one block
+and one chunk. Entropies are in nats. Without a norm the scale of a state acts
+as an inverse temperature: read an entropy beside its RMS.
+
+Definitions: "Bottom-up Policy Optimization", arXiv 2512.19673. Component names
+are those of TransformerLens.
 """
 
 import argparse
@@ -49,11 +50,12 @@ NORMS = ("none", "final", "rms")
 
 
 def states(model, ids, pick=lambda h: h):
-    """Yield (component, layer, state, write, base) along the stream of ids [B,T]; each [M,D], the rows that pick([B,T,D]) chooses.
+    """Yield (component, layer, state, write, base) along the stream of ids [B,T]; each [M,D], the
+    rows that pick([B,T,D]) chooses.
 
-    write is what was added to base: the attention's, the MLP's, at resid_post both (A^l + F^l on H^{l-1}); None where nothing was.
-    Layers count from 1; `embed` is layer 0, and `final` = norm(H^L), which the model's own policy unembeds, is layer L.
-    """
+    write is what was added to base: the attention's, the MLP's, at resid_post both (A^l + F^l on
+    H^{l-1}); None where nothing was. Layers count from 1; `embed` is layer 0, and `final` =
+    norm(H^L), which the model's own policy unembeds, is layer L."""
     for s in model.stream(ids):
         block = model.blocks[s.layer - 1]
         pre, attn, mid, mlp, post = (pick(h) for h in s[1:])
@@ -69,11 +71,12 @@ def states(model, ids, pick=lambda h: h):
 
 
 def reduce_logits(z, token, top_k=5, n_vocab=None):
-    """What is kept of logits z [M,V] (float32, overwritten: two buffers of this size are all it takes) with actual tokens [M].
+    """What is kept of logits z [M,V] (float32, overwritten: two buffers of this size are all it
+    takes) with actual tokens [M].
 
-    entropy = -sum p ln p, nats; logprob and rank of the token, rank 1 = most likely; lse = ln sum exp z; top_ids, top_probs [M,top_k];
-    unused = probability of the rows n_vocab .. V-1, which no token of the tokenizer uses. Each [M] unless said otherwise.
-    """
+    entropy = -sum p ln p, nats; logprob and rank of the token, rank 1 = most likely; lse = ln sum
+    exp z; top_ids, top_probs [M,top_k]; unused = probability of the rows n_vocab .. V-1, which no
+    token of the tokenizer uses. Each [M] unless said otherwise."""
     z_token, e = z.gather(-1, token[:, None]), torch.empty_like(z)
     rank = (
         torch.gt(z, z_token, out=e).sum(-1).int() + 1
@@ -98,11 +101,12 @@ def reduce_logits(z, token, top_k=5, n_vocab=None):
 
 
 def mean_row(z, E):
-    """Expected row of the unembedding E [V,D] under p = softmax(z [M,V]): sum_v p_v E_v, float64 [M,D].
+    """Expected row of the unembedding E [V,D] under p = softmax(z [M,V]): sum_v p_v E_v, float64
+    [M,D].
 
-    With it KL(p || q) = lse_q - sum_v p_v z^q_v - H(p) is one dot product for any state h, because sum_v p_v (h . E_v) is
-    h . sum_v p_v E_v: no other state has to meet the final logits, and none is unembedded a second time.
-    """
+    With it KL(p || q) = lse_q - sum_v p_v z^q_v - H(p) is one dot product for any state h, because
+    sum_v p_v (h . E_v) is h . sum_v p_v E_v: no other state has to meet the final logits, and none
+    is unembedded a second time."""
     pieces = zip(
         z.softmax(-1).split(16384, -1), E.split(16384), strict=True
     )  # a bfloat16 E is widened a piece at a time
@@ -110,7 +114,8 @@ def mean_row(z, E):
 
 
 def response_rows(model, ids, prompt_len, lengths=None, select=None):
-    """Check `measure`'s input; return ids [B,T] and the (example, position) [M] of every response token to analyse."""
+    """Check `measure`'s input; return ids [B,T] and the (example, position) [M] of every response
+    token to analyse."""
     ids = torch.as_tensor(ids, dtype=torch.long)
     ids = ids[None] if ids.dim() == 1 else ids
     (B, T), V = ids.shape, model.config.vocab_size
@@ -120,11 +125,13 @@ def response_rows(model, ids, prompt_len, lengths=None, select=None):
     )
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < V:
         raise DataError(
-            f"token ids run from {int(ids.min())} to {int(ids.max())}, the model has rows 0 to {V - 1}: are they its own?"
+            f"token ids run from {int(ids.min())} to {int(ids.max())}, the model has rows 0 to "
+            f"{V - 1}: are they its own?"
         )
     if (prompt_len < 1).any() or (lengths > T).any():
         raise ValueError(
-            "prompt_len must be at least 1 (no state produced the first token) and lengths at most T"
+            "prompt_len must be at least 1 (no state produced the first token) and lengths at "
+            "most T"
         )
     keep = (torch.arange(T) >= prompt_len) & (torch.arange(T) < lengths)
     if select is not None:
@@ -150,28 +157,38 @@ def measure(
     select=None,
     tick=None,
 ):
-    """Unembed every state of the residual stream at the response tokens and reduce it to a few numbers.
+    """Unembed every state of the residual stream at the response tokens and reduce it to a few
+    numbers.
 
     ids         token ids [T], or [B,T] right-padded
-    prompt_len  where the response starts, int or [B]; response token t was produced by the states at position t - 1
+    prompt_len  where the response starts, int or [B]; response token t was produced by the states
+                at position t - 1
     lengths     tokens of a row, prompt and response, int or [B]; None is T
-    components  which of COMPONENTS to unembed; layers: in which blocks (1-based), None is all. `embed` and `final` belong to no block
-    norm        before the unembedding: "none" (the paper), "final" (the model's last norm, the logit lens), "rms" (x / rms(x), no gain).
-                attn_in, mlp_in and final carry a norm by definition and get no other
-    chunk       rows unembedded at once; two float32 [chunk,V] buffers are the peak, 0.2 GB at V = 151,936
+    components  which of COMPONENTS to unembed; layers: in which blocks (1-based), None is all.
+                `embed` and `final` belong to no block
+    norm        before the unembedding: "none" (the paper), "final" (the model's last norm, the
+                logit lens), "rms" (x / rms(x), no gain). attn_in, mlp_in and final carry a norm by
+                definition and get no other
+    chunk       rows unembedded at once; two float32 [chunk,V] buffers are the peak, 0.2 GB at
+                V = 151,936
     n_vocab     token ids in use; the probability of rows above them is `unused`
-    select      bool [B,T], analyse only these of the response tokens; tick: called with the row count of every chunk, for progress
+    select      bool [B,T], analyse only these of the response tokens
+    tick        called with the row count of every chunk, for progress
 
-    Returns a dict of numpy arrays, S states in the order of the stream by M tokens in the order of ids:
-        component, layer [S]; example, position, token [M], position counted from the first response token
-        entropy, logprob, rank, lse, unused [S,M], top_ids, top_probs [S,M,top_k], all of logits / T: see reduce_logits
+    Returns a dict of numpy arrays, S states in the order of the stream by M tokens in the order of
+    ids:
+        component, layer [S]; example, position, token [M], position counted from the first
+                         response token
+        entropy, logprob, rank, lse, unused [S,M], top_ids, top_probs [S,M,top_k], all of
+                         logits / T: see reduce_logits
         kl [S,M]         KL(pi^L || this policy), nats; NaN without `final` among the components
         rms [S,M]        root mean square of the state, before any lens norm
-        cos_resid [S,M]  cosine of A^l, F^l, and at resid_post A^l + F^l, with the residual they are added to; elsewhere NaN
+        cos_resid [S,M]  cosine of A^l, F^l, and at resid_post A^l + F^l, with the residual they are
+                         added to; elsewhere NaN
         cos_final [S,M]  cosine with the un-normed H^L; NaN without `final`
         meta             dict: vocab_size, n_layers, n_vocab, norm, temperature, dtype
-    Raises ValueError on unknown components, layers or norms, on ids out of range, and when there is no response token.
-    """
+    Raises ValueError on unknown components, layers or norms, on ids out of range, and when there is
+    no response token."""
     c = model.config
     if bad := [x for x in components if x not in COMPONENTS]:
         raise ValueError(f"no component {bad[0]}; there are {', '.join(COMPONENTS)}")
@@ -276,10 +293,13 @@ def measure(
 
 
 def measure_all(model, sequences, max_tokens=None, seed=0, batch_tokens=4096, **options):
-    """`measure` over sequences [(ids, prompt_len), ...], padded into batches of about batch_tokens tokens, as one table in their order.
+    """`measure` over sequences [(ids, prompt_len), ...], padded into batches of about batch_tokens
+    tokens, as one table in their order.
 
-    max_tokens  analyse at most so many response tokens: runs of 16 neighbours drawn at random by seed, so that means have no preference
-                for early tokens and a heat-map still reads. Other options go to `measure`.
+    max_tokens  analyse at most so many response tokens: runs of 16 neighbours drawn at random by
+                seed, so that means have no preference for early tokens and a heat-map still reads
+
+    Other options go to `measure`.
     """
     spans = [
         (i, s, min(s + 16, len(ids)))
@@ -336,7 +356,8 @@ def measure_all(model, sequences, max_tokens=None, seed=0, batch_tokens=4096, **
 
 
 def pick(table, component, value="entropy"):
-    """A column of one component: [layers, M] in order of layers, one row for embed and final. ValueError when it was not measured."""
+    """A column of one component: [layers, M] in order of layers, one row for embed and final.
+    ValueError when it was not measured."""
     rows = table["component"] == component
     if not rows.any():
         raise ValueError(f"the table has no {component}; measure it too (components=)")
@@ -355,17 +376,20 @@ CHANGES = {
 
 
 def entropy_change(table):
-    """Entropy changes of each block, nats: a dict of arrays [L,M], and H [L+1,M], the entropy of H^0 .. H^L, all un-normed.
+    """Entropy changes of each block, nats: a dict of arrays [L,M], and H [L+1,M], the entropy of
+    H^0 .. H^L, all un-normed.
 
-    dH_attn  = H(A^l) - H(attn_norm(H^{l-1}))       the paper's two, as its code has them: each write against what its own sub-layer read
-    dH_mlp   = H(F^l) - H(mlp_norm(resid_mid))
+    dH_attn  = H(A^l) - H(attn_norm(H^{l-1}))       the paper's two, as its code has them: each
+    dH_mlp   = H(F^l) - H(mlp_norm(resid_mid))      write against what its own sub-layer read
     dH_layer = H(H^l) - H(H^{l-1})                  un-normed on both sides
-    dH_attn_raw, dH_mlp_raw     the write against the residual it is added to: H(A^l) - H(H^{l-1}), H(F^l) - H(resid_mid)
-    dH_attn_step, dH_mlp_step   what adding it did to the residual: H(resid_mid) - H(H^{l-1}), H(H^l) - H(resid_mid)
+    dH_attn_raw, dH_mlp_raw     the write against the residual it is added to:
+                                H(A^l) - H(H^{l-1}), H(F^l) - H(resid_mid)
+    dH_attn_step, dH_mlp_step   what adding it did to the residual:
+                                H(resid_mid) - H(H^{l-1}), H(H^l) - H(resid_mid)
 
-    The paper's three are on different scales and do not add up; the steps do: dH_attn_step + dH_mlp_step = dH_layer. Returns what the
-    measured components allow. Raises ValueError when that is nothing, or when layers were left out.
-    """
+    The paper's three are on different scales and do not add up; the steps do: dH_attn_step +
+    dH_mlp_step = dH_layer. Returns what the measured components allow. Raises ValueError when that
+    is nothing, or when layers were left out."""
     H = {name: pick(table, name) for name in dict.fromkeys(table["component"]) if name != "final"}
     if any(len(x) != table["meta"]["n_layers"] for name, x in H.items() if name != "embed"):
         raise ValueError("entropy changes need every layer: measure without `layers`")
@@ -386,13 +410,15 @@ def entropy_change(table):
 def pattern(table, near_zero=0.02):
     """Split the layers into the paper's three stages by the mean dH_mlp of each.
 
-    Exploration is where the MLP raises entropy, integration where it hardly moves it, convergence where it lowers it. `near_zero` is how
-    much counts as hardly, as a share of ln V (our choice: the paper gives no number). Of all ways to cut 1..L into three runs in this
-    order, the one that fits most layers is taken; among equals, the one with the largest rise in the first run and fall in the last.
+    Exploration is where the MLP raises entropy, integration where it hardly moves it, convergence
+    where it lowers it. `near_zero` is how much counts as hardly, as a share of ln V (our choice:
+    the paper gives no number). Of all ways to cut 1..L into three runs in this order, the one that
+    fits most layers is taken; among equals, the one with the largest rise in the first run and fall
+    in the last.
 
-    Returns {"exploration": (first, last) or None, "integration": ..., "convergence": ..., "fit": share of layers that agree}. With a low
-    fit the model does not show the pattern, whatever the ranges say.
-    """
+    Returns {"exploration": (first, last) or None, "integration": ..., "convergence": ..., "fit":
+    share of layers that agree}. With a low fit the model does not show the pattern, whatever the
+    ranges say."""
     d = entropy_change(table)["dH_mlp"].mean(-1)
     small = near_zero * math.log(table["meta"]["vocab_size"])
     up, down, L = d > small, d < -small, len(d)
@@ -410,11 +436,12 @@ def pattern(table, near_zero=0.02):
 
 
 def bupo_layer(table):
-    """The paper's rule for BuPO's layer: the last layer whose MLP raises entropy, mean dH_mlp > 0. Returns (layer or None, evidence).
+    """The paper's rule for BuPO's layer: the last layer whose MLP raises entropy, mean dH_mlp > 0.
+    Returns (layer or None, evidence).
 
-    L is left out: its policy is the model's own, and training that is plain GRPO. The standard error in the evidence takes tokens as
-    independent, which neighbours are not: it is a lower bound.
-    """
+    L is left out: its policy is the model's own, and training that is plain GRPO. The standard
+    error in the evidence takes tokens as independent, which neighbours are not: it is a lower
+    bound."""
     d = entropy_change(table)["dH_mlp"]
     mean, n, L = d.mean(-1), d.shape[1], len(d)
     curve = f"dH_mlp of layers 1 to {L}, mean over {n} tokens: " + " ".join(
@@ -426,23 +453,28 @@ def bupo_layer(table):
     l = int(rising[-1])
     error = d[l - 1].std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
     text = (
-        f"layer {l} of {L} is the last below {L} with dH_mlp > 0: {mean[l - 1]:+.3f} nats (standard error at least {error:.3f}; "
+        f"layer {l} of {L} is the last below {L} with dH_mlp > 0: {mean[l - 1]:+.3f} nats "
+        f"(standard error at least {error:.3f}; "
         f"positive at {(d[l - 1] > 0).mean():.0%} of tokens), layer {l + 1}: {mean[l]:+.3f}"
     )
     if mean[l - 1] < 2 * error:
         text += "; THIS IS WITHIN TWO STANDARD ERRORS OF ZERO: use more tokens, or choose by hand"
     if falls := l - len(rising):
-        text += f"; {falls} layers before it are not above 0, so the curve crosses it more than once: look at it"
+        text += (
+            f"; {falls} layers before it are not above 0, so the curve crosses it more than once: "
+            "look at it"
+        )
     if mean[-1] > 0:
         text += f"; layer {L} does not converge either, so the rule says little about this model"
     return l, f"{text}; {curve}"
 
 
 def auto_layer(model, sequences, max_tokens=1024, seed=0, **options):
-    """BuPO's layer for a model by the paper's rule, measured on sequences [(ids, prompt_len), ...]: (layer, evidence to print).
+    """BuPO's layer for a model by the paper's rule, measured on sequences [(ids, prompt_len), ...]:
+    (layer, evidence to print).
 
-    Costs two unembeddings a block. Raises ValueError when no layer below L has dH_mlp > 0. Options go to `measure`.
-    """
+    Costs two unembeddings a block. Raises ValueError when no layer below L has dH_mlp > 0. Options
+    go to `measure`."""
     options = {"components": ("mlp_in", "mlp_out"), "top_k": 0, **options}
     layer, evidence = bupo_layer(measure_all(model, sequences, max_tokens, seed, **options))
     if layer is None:
@@ -451,11 +483,13 @@ def auto_layer(model, sequences, max_tokens=1024, seed=0, **options):
 
 
 def watch(model, sequences, layer, max_tokens=512, seed=0, **options):
-    """A few scalars on fixed sequences, for training to log every n steps: three unembeddings a token, whatever the depth.
+    """A few scalars on fixed sequences, for training to log every n steps: three unembeddings a
+    token, whatever the depth.
 
-    watch/perplexity   exp of minus the mean log-prob of the fixed responses under the model's own policy
+    watch/perplexity      exp of minus the mean log-prob of the fixed responses under the model's
+                          own policy
     watch/entropy, watch/layer_entropy    mean entropy of pi^L and of pi^layer, nats
-    watch/layer_cos    mean cosine of H^layer with H^L: the paper's feature refinement
+    watch/layer_cos       mean cosine of H^layer with H^L: the paper's feature refinement
     """
     options = {"components": ("resid_post", "final"), "layers": [layer], "top_k": 0, **options}
     table = measure_all(model, sequences, max_tokens, seed, **options)
@@ -502,24 +536,25 @@ FILLS = {"zero": torch.zeros_like, "mean": mean_write}
 
 @torch.no_grad()
 def leave_out(model, ids, prompt_len, temperature=1.0, fills=FILLS):
-    """How much the response depends on each write: the change of its tokens' mean log-prob, in nats,
-    when one A^l or F^l is replaced at every token and all later blocks run again.
+    """How much the response depends on each write: the change of its tokens' mean log-prob, in
+    nats, when one A^l or F^l is replaced at every token and all later blocks run again.
 
-    fills: {name: what stands for a write [1,T,D]}. "zero" leaves the write out, "mean" puts its mean
-    over tokens there, and so takes away only what differs from token to token. Below 0 the response
-    is less likely without the write. 2 L forwards for each fill, half of their blocks known already.
+    fills: {name: what stands for a write [1,T,D]}. "zero" leaves the write out, "mean" puts its
+    mean over tokens there, and so takes away only what differs from token to token. Below 0 the
+    response is less likely without the write. 2 L forwards for each fill, half of their blocks
+    known already.
 
-    Two changes are of two models, so changes do not add up to anything. What adds up, the integral of
-    the log-prob's slope along writes scaled from 0 to 1 (integrated gradients, arXiv 1703.01365), is
-    not computed here, because on a real model it does not converge: the embedding alone is tiny (RMS
-    0.1 where H^L has 30, SmolLM2-135M), every norm blows it up, and nine tenths of the log-prob
-    accrue below 1 % of the way, through states that the model never has. Shares of one response
-    missed their sum by 14 % at 32 nodes and by 15 % at 128. A difference of two forwards has no such
-    error; in bfloat16 what is below about 0.01 is rounding.
+    Two changes are of two models, so changes do not add up to anything. What adds up, the integral
+    of the log-prob's slope along writes scaled from 0 to 1 (integrated gradients, arXiv
+    1703.01365), is not computed here, because on a real model it does not converge: the embedding
+    alone is tiny (RMS 0.1 where H^L has 30, SmolLM2-135M), every norm blows it up, and nine tenths
+    of the log-prob accrue below 1 % of the way, through states that the model never has. Shares of
+    one response missed their sum by 14 % at 32 nodes and by 15 % at 128. A difference of two
+    forwards has no such error (in bfloat16 that of SmolLM2 is off by 0.005 nats in the median).
 
-    The mean leaves out the first token, whose writes can be hundreds of times as large as all others
-    (SmolLM2-135M: |F^12| is 25,058 there and 37 elsewhere), so that with it every token would get a
-    part of the first one's write.
+    The mean leaves out the first token, whose writes can be hundreds of times as large as all
+    others (SmolLM2-135M: |F^12| is 25,058 there and 37 elsewhere), so that with it every token
+    would get a part of the first one's write.
 
     ids [T] and prompt_len as in `measure`. Returns a dict of numpy [L]: NAME_attn and NAME_mlp for
     each fill; and the float `logprob`, of the whole model.
@@ -630,7 +665,8 @@ def summary(table, run="", step=None, model=None):
 
 
 def change_summary(table, run="", step=None):
-    """Rows of entropy_change.jsonl: for every block mean and quartiles of each change that the table allows."""
+    """Rows of entropy_change.jsonl: for every block mean and quartiles of each change that the
+    table allows."""
     try:
         change = entropy_change(table)
     except ValueError:
@@ -651,10 +687,11 @@ def change_summary(table, run="", step=None):
 
 
 def failure_signs(rows, internal_steps=0):
-    """Known ways for BuPO to go wrong, in words ([] when none shows), from entropy.jsonl rows of one run at several steps.
+    """Known ways for BuPO to go wrong, in words ([] when none shows), from entropy.jsonl rows of
+    one run at several steps.
 
-    internal_steps: length of the internal phase. Perplexity is that of the fixed responses under the model's own policy; neighbouring
-    measured steps are compared, so that sparse steps see less.
+    internal_steps: length of the internal phase. Perplexity is that of the fixed responses under
+    the model's own policy; neighbouring measured steps are compared, so that sparse steps see less.
     """
     signs, curves, nats = [], {}, "logprob_token"
     for row in sorted((r for r in rows if r["step"] is not None), key=lambda r: r["step"]):
@@ -663,9 +700,10 @@ def failure_signs(rows, internal_steps=0):
     for a, b in zip(final, final[1:], strict=False):
         if b["step"] <= internal_steps and a[nats] - b[nats] > math.log(1.05):
             signs.append(
-                "internal phase too long: the whole policy's perplexity on these responses rises from "
-                f"{perplexity(a[nats]):.4g} at step {a['step']} to {perplexity(b[nats]):.4g} at step {b['step']}, "
-                f"inside the internal phase, which ends after step {internal_steps}; try fewer --bupo-steps"
+                "internal phase too long: the whole policy's perplexity on these responses rises "
+                f"from {perplexity(a[nats]):.4g} at step {a['step']} to "
+                f"{perplexity(b[nats]):.4g} at step {b['step']}, inside the internal phase, which "
+                f"ends after step {internal_steps}; try fewer --bupo-steps"
             )
     early = [
         c
@@ -676,13 +714,15 @@ def failure_signs(rows, internal_steps=0):
         min(x["entropy_nats"] for x in c[1:]) > c[0]["entropy_nats"] - 0.01 for c in early
     ):
         signs.append(
-            f"early layers do not sharpen: the entropy of layers 1 to {len(early)} never falls below its first value"
+            f"early layers do not sharpen: the entropy of layers 1 to {len(early)} never falls "
+            "below its first value"
         )
     return signs
 
 
 def print_table(rows, changes):
-    """entropy.jsonl and entropy_change.jsonl of one model for a terminal, a line a block: entropies, and more about its H^l."""
+    """entropy.jsonl and entropy_change.jsonl of one model for a terminal, a line a block:
+    entropies, and more about its H^l."""
     cells = {(r["component"], r["paper_layer"]): r for r in rows}
 
     def line(name, h, l=0):
@@ -705,13 +745,8 @@ def print_table(rows, changes):
             )
         )
 
-    print(
-        " layer"
-        + "".join(
-            f"{x:>9}"
-            for x in "H(H^l) H(A^l) H(F^l) dH_attn dH_mlp dH_layer RMS cos(H^L) KL rank top-1".split()
-        )
-    )
+    heads = "H(H^l) H(A^l) H(F^l) dH_attn dH_mlp dH_layer RMS cos(H^L) KL rank top-1"
+    print(" layer" + "".join(f"{head:>9}" for head in heads.split()))
     for (name, l), row in cells.items():
         if name in ("embed", "final"):
             line(name, row)
@@ -878,7 +913,8 @@ def folder_name(name):
 
 
 def variants(args):
-    """{label: (step or None, folder)} of the models to measure; the first is the one that samples."""
+    """{label: (step or None, folder)} of the models to measure; the first is the one that
+    samples."""
     run = Path(args.model)
     saved = {
         int(p.parent.name[5:]): p.parent
@@ -895,12 +931,14 @@ def variants(args):
                 saved[0] = start
         if bad := [s for s in args.steps if not s.isdigit() or int(s) not in saved]:
             raise ValueError(
-                f"--steps {bad[0]}: {run} has {', '.join(map(str, sorted(saved))) or 'no step_ folders'}"
+                f"--steps {bad[0]}: {run} has "
+                f"{', '.join(map(str, sorted(saved))) or 'no step_ folders'}"
             )
         found = [(f"step {int(s)}", int(s), saved[int(s)]) for s in args.steps]
     elif saved:
         raise ValueError(
-            f"{run} is a run, not a model: follow it with --steps 0,{max(saved)}, or give --model {saved[max(saved)]}"
+            f"{run} is a run, not a model: follow it with --steps 0,{max(saved)}, or give --model "
+            f"{saved[max(saved)]}"
         )
     found += [(label(m), None, m) for m in args.compare]
     out = {}
@@ -1002,7 +1040,8 @@ def sample(model, tokenizer, args):
 
 
 def report(tables, rows, changes, internal_steps):
-    """Print what a person wants first: the table, the pattern, the layer that the paper's rule picks, the failure signs."""
+    """Print what a person wants first: the table, the pattern, the layer that the paper's rule
+    picks, the failure signs."""
     for name, table in tables.items():
         mine, change, meta = (
             [r for r in rows if r["run"] == name],
@@ -1014,7 +1053,8 @@ def report(tables, rows, changes, internal_steps):
         if {"resid_post", "final"} <= set(table["component"]) and meta["norm"] == "none":
             raw, own = (float(pick(table, x)[-1].mean()) for x in ("resid_post", "final"))
             print(
-                f"the model's own policy (normed): {own:.3f} nats; un-normed H^L, the last point of the paper's code: {raw:.3f}"
+                f"the model's own policy (normed): {own:.3f} nats; un-normed H^L, the last point "
+                f"of the paper's code: {raw:.3f}"
             )
         if change and "dH_mlp" in change[0]:
             stages = pattern(table)
@@ -1027,7 +1067,8 @@ def report(tables, rows, changes, internal_steps):
             print(f"the paper's rule for BuPO's layer: {evidence}")
             if layer:
                 print(
-                    f"  layer {layer} = Hugging Face hidden_states[{layer}] = TransformerLens blocks.{layer - 1}.hook_resid_post"
+                    f"  layer {layer} = Hugging Face hidden_states[{layer}] = "
+                    f"TransformerLens blocks.{layer - 1}.hook_resid_post"
                 )
     for sign in failure_signs(rows, internal_steps):
         print(f"WARNING: {sign}")

@@ -1,21 +1,21 @@
 """Avg@K and pass@k of a model on maths problems, every response kept.
 
-    Avg@K   mean over questions of (correct of K) / K: the unbiased accuracy of one
-            sample
-    pass@k  mean over questions of 1 - C(n-c, k) / C(n, k): at least one of k samples
-            right, unbiased from n >= k (arXiv 2107.03374)
+    Avg@K   mean over questions of (correct of K) / K: the unbiased accuracy of
+            one sample
+    pass@k  mean over questions of 1 - C(n-c, k) / C(n, k): at least one of k
+            samples right, unbiased from n >= k (arXiv 2107.03374)
 
     python eval.py --model qwen3-4b --data aime24 --samples 32
-    python eval.py --model out/run/step_000300 --data math500,my.jsonl --samples 4
-    torchrun --nproc-per-node 8 eval.py ...     questions shared out over 8 GPUs
+    python eval.py --model out/run/step_000300 --data math500,my.jsonl
+    torchrun --nproc-per-node 8 eval.py ...     questions shared over 8 GPUs
 
 A difference of a few points on 30 questions is noise: the standard error over
 questions is printed beside every average.
 
 The folder (--out) holds results.json and samples.jsonl. Nothing in it is lost:
 another set is added to those that are there, a set that is there is not sampled
-again, and the same command after a kill goes on where it was. A folder belongs to one
-model and one way of sampling; others are refused.
+again, and the same command after a kill goes on where it was. A folder belongs
+to one model and one way of sampling; others are refused.
 """
 
 import argparse

@@ -1,15 +1,18 @@
-"""Every figure, from the files that runs write: nothing is measured here, so that a figure can be
-redrawn and changed years later.
+"""Every figure, from the files that runs write: nothing is measured here, so that
+a figure can be redrawn and changed years later.
 
-    python plot.py out/run                  # metrics.jsonl of train.py: training.png, training.svg
-    python plot.py out/decompose-qwen3-4b   # entropy.jsonl and its companions of decompose.py:
-                                            # entropy_flow, entropy_change, rms, cosine, lens, ...
+    python plot.py out/run                  metrics.jsonl of train.py:
+                                            training.png, training.svg
+    python plot.py out/decompose-qwen3-4b   entropy.jsonl and its companions of
+                                            decompose.py: entropy_flow, rms, ...
 
-One colour is one model (or one training step, dark to light), one panel is one kind of state. A
-line is a mean over response tokens (of ranks, the median), a band the middle half of them. Colours
-are Okabe and Ito's, told apart by colour-blind readers.
+One colour is one model (or one training step, dark to light), one panel is one
+kind of state. A line is a mean over response tokens (of ranks, the median), a
+band the middle half of them. Colours are Okabe and Ito's, told apart by
+colour-blind readers.
 
-A line of a file that is no row (torn by a full disk, or foreign) is left out and counted.
+A line of a file that is no row (torn by a full disk, or foreign) is left out
+and counted.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""The lens against naive computations: transformers with hooks and full logits, float64, and closed forms."""
+"""The lens against naive computations: transformers with hooks and full logits, float64, and closed
+forms."""
 
 import json
 import math
@@ -39,7 +40,8 @@ SHAPE = dict(
 
 
 def tiny(family="qwen3", tied=False, dtype=torch.float32, std=0.3, **changes):
-    """A random model loud enough (std 0.3) that its internal policies are far from uniform, with gains that are not all 1."""
+    """A random model loud enough (std 0.3) that its internal policies are far from uniform, with
+    gains that are not all 1."""
     model = Transformer(Config(family, tied=tied, **{**SHAPE, **changes})).init_weights(
         seed=1, std=std
     )
@@ -63,11 +65,12 @@ def close(a, b, tol):
     )
 
 
-# the oracle --------------------------------------------------------------------------------------------------------------
+# the oracle -------------------------------------------------------------------------------------
 
 
 def hooked_states(hf, ids):
-    """{(component, layer): (state, write, base)} [T,D] of a transformers model, every state caught by a hook of its own."""
+    """{(component, layer): (state, write, base)} [T,D] of a transformers model, every state caught
+    by a hook of its own."""
     caught, handles = {}, []
 
     def keep(name, from_input=False):
@@ -168,7 +171,10 @@ def test_every_number_is_that_of_transformers_with_hooks(family, tmp_path):
 def test_lens_norms_and_temperature(norm, T):
     model, ids, P = tiny(), tokens(12), 3
     r, weight = model.residuals(ids[None]), model.norm.weight
-    bare = lambda h: h / (h.square().mean(-1, keepdim=True) + model.config.norm_eps).sqrt()  # noqa: E731
+
+    def bare(h):
+        return h / (h.square().mean(-1, keepdim=True) + model.config.norm_eps).sqrt()
+
     apply = (lambda h: bare(h) * weight) if norm == "final" else bare
     table = measure(model, ids, P, norm=norm, temperature=T, top_k=3, n_vocab=90)
     logits = model.unembed(r.resid_post[-1])[0, P - 1 : -1].detach()
@@ -192,7 +198,7 @@ def test_lens_norms_and_temperature(norm, T):
     assert (np.abs(pick(table, "resid_post") - pick(plain, "resid_post")) > 1e-3).all()
 
 
-# the stream --------------------------------------------------------------------------------------------------------------
+# the stream -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -247,7 +253,7 @@ def test_bfloat16_models_have_float32_statistics():
             )
 
 
-# entropies in closed form -----------------------------------------------------------------------------------------------
+# entropies in closed form -----------------------------------------------------------------------
 
 
 def test_uniform_and_one_hot():
@@ -288,7 +294,7 @@ def test_a_zero_model_is_uniform_everywhere():
     assert np.abs(table["kl"]).max() < 1e-5 and (table["rank"] == 1).all()
 
 
-# independence -----------------------------------------------------------------------------------------------------------
+# independence -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 512])
@@ -354,7 +360,7 @@ def test_fewer_components_are_the_same_numbers():
     assert np.isnan(alone["kl"]).all() and np.isnan(alone["cos_final"]).all()
 
 
-# the paper's quantities -------------------------------------------------------------------------------------------------
+# the paper's quantities -------------------------------------------------------------------------
 
 
 def entropy_of(h, E):
@@ -613,7 +619,7 @@ def test_failure_signs():
     assert "never falls" in failure_signs(rows(0, 3.0, -1.0) + rows(9, 3.1, -1.0))[0]
 
 
-# input that cannot be used ----------------------------------------------------------------------------------------------
+# input that cannot be used ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
