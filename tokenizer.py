@@ -177,6 +177,10 @@ class Tokenizer:
         Control tokens give their spelling."""
         return b"".join(self._tokens.get(int(i), UNKNOWN) for i in ids).decode("utf-8", "replace")
 
+    def token_bytes(self, i):
+        """Bytes of one token, which need not be whole characters; those of U+FFFD outside the vocabulary."""
+        return self._tokens.get(int(i), UNKNOWN)
+
     def chat(self, question, system=SYSTEM, thinking=False):
         """Prompt ids for one question, up to where the reply starts.
 
