@@ -3,6 +3,7 @@
     python train.py                                                         the embedded default: minutes on two CPU cores
     python train.py --model qwen3-4b --bupo-layer 30                        the real thing, on a GPU
     python train.py --model qwen3-4b --bupo-layer 6 --bupo-steps 30         the paper's Qwen3-4B
+    python train.py --recipe words                                          a real small model on a laptop (downloads 270 MB)
     python train.py --model FOLDER --data problems.jsonl --dry-run          plan, first prompt and memory, nothing trained
     torchrun --nproc-per-node 8 train.py --model qwen3-8b                   8 GPUs; several machines: see parallel.py
 
@@ -43,7 +44,8 @@ from eval import answer, avg_at_k, encode_prompts
 from grpo import Response, collate, group_advantages, overlong_penalty
 from model import HUB, Config, Transformer, compile_blocks, compile_errors, load, one_line, plain_blocks, read_json, resolve
 from optimizer import BYTES, SplitAdamW
-from plan import CONTEXT, choose, default_new_tokens, host_bytes, memory_plan, parameters, show_plan, table
+from plan import CONTEXT, choose, default_new_tokens, flag, host_bytes, memory_plan, parameters, show_plan, table
+from recipes import RECIPES
 from rollout import Sampler, fold
 from shapes import shape
 from signals import Signals, Stopped
@@ -84,6 +86,8 @@ def parser():
     switch = argparse.BooleanOptionalAction
     add = flags("model and data")
     add("--model", "tiny", "tiny, a preset (qwen3-4b), a hub id or a folder")
+    add("--recipe", None, "settings that belong to a model and its problems, see recipes.py; other flags override them", type=str,
+        choices=tuple(RECIPES))
     add("--data", "deepmath", "problems: a named set or a .json, .jsonl or .parquet file")
     add("--limit", None, "only the first so many problems of --data", type=natural)
     add("--difficulty", None, "only problems of this difficulty, as 5-8, where the set tells it", type=span)
@@ -165,7 +169,11 @@ def parser():
 
 def parse(argv=None):
     p = parser()
-    if p.parse_known_args(argv)[0].model == "tiny": p.set_defaults(**tiny.DEFAULTS)
+    named = p.parse_known_args(argv)[0]
+    if named.recipe is None and named.model == "tiny":
+        named.recipe = "tiny"
+    if named.recipe:
+        p.set_defaults(recipe=named.recipe, **RECIPES[named.recipe])
     args = p.parse_args(argv)
     if args.group < 2: raise ValueError("--group must be at least 2: a group of one has no baseline")
     for name in ("lr", "temperature", "grad_clip"):
@@ -318,7 +326,8 @@ def free_memory(device) -> float:
     """Bytes for this run: of a GPU what other programs leave, else what the machine has."""
     if device != "cuda":
         return host_bytes()
-    return torch.cuda.mem_get_info()[0] + CONTEXT      # our own context is there by now, and in the plan
+    # our own context is there by now, and in the plan; the rest is for what the plan does not know, for it is not measured yet
+    return 0.97 * (torch.cuda.mem_get_info()[0] + CONTEXT)
 
 
 def load_data(args):
@@ -416,6 +425,8 @@ def show_run(args, config, schedule, device):
     """What will be trained, and how."""
     print(f"{args.model}: {parameters(config) / 1e6:,.1f} M parameters, {config.n_layers} layers, V = {config.vocab_size:,}, "
           f"{args.dtype} with {args.optimizer} on {device}{', compiled' if args.compile else ''}")
+    if args.recipe:
+        print(f"recipe {args.recipe}: " + ", ".join(f"{flag(name, getattr(args, name))}" for name in RECIPES[args.recipe]))
     print(f"{schedule or 'bupo layer auto, then grpo'}; {args.steps} steps x {args.prompts} problems x {args.group} responses, "
           f"{-(-args.prompts // args.mini_prompts)} updates a step")
     for layer, _ in schedule.phases if schedule else ():
@@ -724,11 +735,20 @@ def watch(run, out) -> dict:
 
 
 def result(rows, schedule):
-    """The last line: accuracy before and after, from the rows of metrics.jsonl alone; None without held-out problems."""
-    scores = [(r["eval/accuracy"], r["eval/questions"]) for r in rows if "eval/accuracy" in r]
-    if len(scores) < 2: return None
-    seconds = sum(v for r in rows for k, v in r.items() if k.startswith("time/"))
-    return f"accuracy {scores[0][0]:.2f} -> {scores[-1][0]:.2f} on {scores[-1][1]} held-out problems in {seconds:.0f} s ({schedule})"
+    """The last line: accuracy before and after, when it was best, and memory, from the rows of metrics.jsonl alone; None without
+    held-out problems."""
+    scores, seconds, peak = [], 0.0, 0.0      # scores: (accuracy, seconds until then)
+    for row in rows:
+        seconds += sum(v for k, v in row.items() if k.startswith("time/"))
+        peak = max(peak, row.get("perf/peak_gb", 0.0))
+        if "eval/accuracy" in row:
+            scores.append((row["eval/accuracy"], seconds))
+            questions = row["eval/questions"]
+    if len(scores) < 2:
+        return None
+    (before, _), (after, _), (best, soonest) = scores[0], scores[-1], max(scores, key=lambda s: (s[0], -s[1]))
+    return (f"accuracy {before:.2f} -> {after:.2f} on {questions} held-out problems in {seconds:.0f} s, best {best:.2f} after {soonest:.0f} s, "
+            f"at most {peak:.1f} GB ({schedule})")
 
 
 def show(row, bar, steps):

@@ -424,7 +424,7 @@ def test_shown_are_parts_peak_reasons_and_disk(capsys, monkeypatch):
 
 
 def test_every_preset_has_a_shape():
-    assert all(shape(name) is shape(repository) for name, repository in models.HUB.items())
+    assert all(shape(name) == shape(repository) for name, repository in models.HUB.items())
     with pytest.raises(ValueError, match="qwen9-4b: no such shape; there are qwen3-0.6b"):
         shape("qwen9-4b")
 
