@@ -747,8 +747,8 @@ def result(rows, schedule):
     if len(scores) < 2:
         return None
     (before, _), (after, _), (best, soonest) = scores[0], scores[-1], max(scores, key=lambda s: (s[0], -s[1]))
-    return (f"accuracy {before:.2f} -> {after:.2f} on {questions} held-out problems in {seconds:.0f} s, best {best:.2f} after {soonest:.0f} s, "
-            f"at most {peak:.1f} GB ({schedule})")
+    return (f"accuracy {before:.2f} -> {after:.2f} on {questions} held-out problems in {seconds:.0f} s, best {best:.2f} after "
+            f"{soonest:.0f} s, at most {peak:.1f} GB ({schedule})")
 
 
 def show(row, bar, steps):
