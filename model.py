@@ -583,6 +583,8 @@ def resolve(name_or_folder) -> Path:
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file; ValueError or FileNotFoundError with the path in one line."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not a file")      # a pipe would keep us waiting for ever
     try:
         out = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -605,7 +607,7 @@ def _shards(folder: Path) -> list[Path]:
         if bad := [n for n in names if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", n)]:
             raise CheckpointError(f"{index}: shard names must be plain file names, not {bad[0]!r:.80}")
         files = [folder / n for n in names]
-    if missing := [f.name for f in files if not f.exists()]:
+    if missing := [f.name for f in files if not f.is_file()]:
         raise CheckpointError(f"{folder}: missing weight files: {', '.join(missing):.4000}; download the folder again")
     return files
 
