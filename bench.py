@@ -39,17 +39,23 @@ from tokenizer import load as load_tokenizer
 
 
 def init(args):
-    """Write a folder of random weights that loads like a download."""
+    """Write a folder of random weights that loads like a download. A folder that holds anything is left alone."""
     config = shape(args.like)
     if args.layers: config.n_layers = args.layers
     out = Path(args.out or f"out/random-{args.like}-{config.n_layers}")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} is there already: use it, delete it, or name another --out")
     used = load_tokenizer(args.tokenizer).n_vocab if args.tokenizer else 0
     if used > config.vocab_size:
         raise ValueError(f"{args.tokenizer} uses {used} ids, {args.like} has rows for {config.vocab_size}: they do not belong together")
     need, free = sum(p.numel() for p in meta(config).parameters()) * 2, shutil.disk_usage(Path.cwd()).free
     if need > free: raise OSError(f"{out}: needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; take fewer --layers")
     model = empty(config, torch.bfloat16, "cpu").init_weights(args.seed)
-    save(model, out, tokenizer_from=args.tokenizer)
+    try:
+        save(model, out, tokenizer_from=args.tokenizer)
+    except BaseException:      # half a model would be refused above the next time
+        shutil.rmtree(out, ignore_errors=True)
+        raise
     n = sum(p.numel() for p in model.parameters())
     print(f"{n / 1e6:,.1f} M random bfloat16 parameters of {args.like}'s shape, {config.n_layers} layers"
           + ("" if args.tokenizer else f"; put a tokenizer beside them ({', '.join(TOKENIZER_FILES[:2])}) to use them with text"))
@@ -371,6 +377,8 @@ def bupo(args):
     """An update at an internal layer against the same at full depth, and against running all blocks to read H^l, as the reference does."""
     model, responses = stack(args)
     c, device, l = model.config, model.unembedding.device, args.layer
+    if l > c.n_layers:
+        raise ValueError(f"--layer {l}: there are {c.n_layers}")
 
     def ours(layer):
         def run():

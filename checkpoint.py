@@ -54,6 +54,11 @@ class RunLocked(OSError):
     """Another process holds the run folder. One line that names it."""
 
 
+class NotSaved(OSError):
+    """A checkpoint could not be written: the disk is full, mostly. One line; the checkpoints before it stand."""
+    exit_code = 8
+
+
 def log(line): print(f"checkpoint: {line}", file=sys.stderr, flush=True)
 
 
@@ -224,8 +229,9 @@ def save(run, step: int, model, optimizer, state: dict, tokenizer_from=None, kee
     tokenizer_from  folder whose tokenizer files are copied, so that the checkpoint is a whole Hugging Face model
     keep            whole checkpoints to keep, this one included; older ones are deleted once this one is safe. 0 keeps all
     Checkpoints of later steps are left alone, and stay the newest: a run that is set back on purpose moves them away first.
-    Raises FloatingPointError (NaN or Inf in weights or moments, the first is named), OSError (disk full, unwritable; with the bytes
-    needed and free), ValueError (a state that JSON cannot hold). Every time, the checkpoints that were there before are still there.
+    Raises FloatingPointError (NaN or Inf in weights or moments, the first is named), NotSaved (disk full, unwritable;
+    with the bytes needed and free), ValueError (a state that JSON cannot hold). Every time, the checkpoints that were
+    there before are still there.
     """
     run, name = Path(run), f"step_{step:06d}"
     final, tmp, state = run / name, run / f".tmp-{name}-{os.getpid()}", {**state, "step": step}
@@ -263,8 +269,8 @@ def save(run, step: int, model, optimizer, state: dict, tokenizer_from=None, kee
     except BaseException as e:   # Ctrl-C too
         _delete(tmp)
         if not isinstance(e, (OSError, SafetensorError)): raise
-        raise OSError(f"{final}: not saved ({getattr(e, 'strerror', None) or e}): it takes about {need} bytes, {free} were free; "
-                      "earlier checkpoints are untouched") from None
+        raise NotSaved(f"{final}: not saved ({getattr(e, 'strerror', None) or e}): it takes about {need} bytes, "
+                       f"{free} were free; earlier checkpoints are untouched") from None
     if why := problem(final, hashes=False): raise CheckpointError(f"{why}; written this moment: is another process at work here?")
     prune(run, step, keep)
     return final
@@ -375,6 +381,16 @@ def load(folder, model, optimizer, verify=True) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # the run folder
 
+def has_checkpoints(run) -> bool:
+    """Whether anything in a folder is named like a checkpoint: then it is a run, whatever logs are there or not."""
+    return bool(_steps(run))
+
+
+def holds_run(run) -> bool:
+    """Whether a folder holds anything of a run: checkpoints, or logs alone."""
+    return has_checkpoints(run) or any((Path(run) / name).exists() for name in LOGS)
+
+
 def clean(run):
     """Remove what a killed save, deletion or rewind left behind, with one line. Call it while holding the lock."""
     run, gone = Path(run), []
@@ -433,6 +449,45 @@ def lock(run):
             if ours and os.listdir(run) == ["LOCK"]:      # a command that was refused leaves nothing behind
                 (run / "LOCK").unlink()
                 run.rmdir()
+
+
+class Log:
+    """A JSONL file that grows by whole rows, for as long as a run lasts.
+
+    A disk that is full costs no row and no run: a kernel writes what there is room for and says how much that was, and
+    the rest stands in memory until the next `write`, which begins with it. What is left at the end is lost, with a line.
+    """
+
+    def __init__(self, path):
+        self.path, self.waiting, self.told = Path(path), b"", False
+        self.file = open(path, "a+b", buffering=0)
+        if self.file.seekable() and (size := self.file.seek(0, os.SEEK_END)):
+            self.file.seek(size - 1)
+            if self.file.read(1) != b"\n":      # of a process that was killed: its torn row must not swallow the next
+                self.waiting = b"\n"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.write([])
+        if self.waiting.strip():
+            rows = self.waiting.count(b"\n")
+            log(f"{self.path}: still cannot be written; its last {rows} rows are lost, the last of them may be torn")
+        self.file.close()
+
+    def write(self, rows):
+        """Append rows, dicts; what cannot be written now is kept for the next time, and the first time said in a line."""
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self.waiting += lines.encode(errors="replace")
+        try:
+            while self.waiting:
+                done = self.file.write(self.waiting)
+                self.waiting = self.waiting[done:]
+        except OSError as e:
+            if not self.told:
+                log(f"{self.path}: cannot be written ({e.strerror or e}); training goes on, the rows wait in memory")
+            self.told = True
 
 
 def _step_of(line):

@@ -1,64 +1,213 @@
-"""What the commands share: errors that end in one line and an exit code, types of arguments, the device."""
+"""What the commands share: errors in one line and an exit code, output that may be lost, types of arguments, the device."""
 import argparse
+import errno
+import math
 import os
 import re
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 import parallel
 from model import one_line
+from rows import printable
 
 OUT_OF_MEMORY = ("out of memory: lower --slots or shorten --max-new-tokens; in training also lower --micro-tokens or --logit-chunk, or "
                  "take --recompute, --optimizer split or --offload")
+DISK_FULL = 8       # exit code: the disk is full, or a checkpoint cannot be written for another reason
+NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG       # the disk, a quota on it, the limit of a file
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# errors
 
 def no_memory(error) -> bool:
     """Whether an error says that memory has run out; a CPU's shortage has no class of its own."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
+def disk_full(error) -> bool:
+    """Whether an error says that the disk, or a quota on it, is full; safetensors' errors say it in their text alone."""
+    if isinstance(error, SafetensorError):
+        return any(f"os error {n}" in str(error) for n in NO_ROOM)
+    return getattr(error, "errno", None) in NO_ROOM
+
+
 def guarded(main, argv=None):
-    """Run a command; what goes wrong ends in one line and an exit code: 2 usage, 3 data, 4 checkpoint, 5 numerics, 6 memory, 7 another
-    rank died, 130 Ctrl-C. (75, a signal heeded in training, is train.py's own.)"""
+    """Run a command; what goes wrong ends in one line and an exit code: 2 usage, 3 data, 4 checkpoint, 5 numerics,
+    6 memory, 7 another rank died, 8 the disk is full or a checkpoint cannot be written, 130 Ctrl-C. (75, a signal heeded
+    in training, is train.py's own.)
+
+    That nobody reads what it prints, be it a closed pipe or terminal or a full disk, is no error: see `output_may_be_lost`.
+    """
     # pieces of GPU memory that can grow: what a KV cache leaves would else not fit the optimizer's state, nor the other way round
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    with output_may_be_lost():
+        try:
+            parallel.start()
+            out = main(argv)
+            parallel.stop()
+            return out
+        except KeyboardInterrupt:
+            message, code = "interrupted", 130
+        except FloatingPointError as e:
+            message, code = e, 5
+        except SafetensorError as e:
+            message, code = e, DISK_FULL if disk_full(e) else 2
+        except (ValueError, OSError) as e:
+            message, code = e, DISK_FULL if disk_full(e) else getattr(e, "exit_code", 2)
+        except (RuntimeError, MemoryError) as e:
+            if no_memory(e):
+                message, code = OUT_OF_MEMORY, 6
+            elif parallel.lost(e):
+                message = "another rank ended or does not answer: see what it printed; checkpoints stand, run again to resume"
+                code = parallel.LOST
+            else:
+                raise
+            message = f"{message} ({one_line([str(e)]):.300})"
+        # names out of files stand in messages: they must not move the cursor
+        message = printable(" ".join(str(message).splitlines()))
+        parallel.leave(f"{Path(sys.argv[0]).name}: {message}", code)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# output
+
+class Output:
+    """A standard stream whose loss costs output and nothing else: once a write fails, /dev/null takes its place.
+
+    What its encoding lacks is written as an escape. All else is the stream's own.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except UnicodeEncodeError as e:
+            self.write(text.encode(e.encoding, "backslashreplace").decode(e.encoding))
+        except (OSError, ValueError):       # ValueError: it is closed
+            self.lose()
+        return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.lose()
+
+    def lose(self):
+        """Have the file descriptor lead nowhere: what is still buffered goes there too, and what libraries print."""
+        null = open(os.devnull, "w", encoding="utf-8")
+        try:
+            os.dup2(null.fileno(), self.stream.fileno())
+            null.close()
+        except (OSError, ValueError):       # closed already, or no file
+            self.stream = null
+
+
+@contextmanager
+def output_may_be_lost():
+    """In here it costs output, not the work, that a reader of stdout or stderr goes away (`| head`, a closed terminal),
+    that a disk behind them is full, that they were closed before the start, or that a terminal knows few letters."""
+    # a free descriptor would be that of the next file that is opened, and what libraries print would go into that file
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(fd)
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (Output(s or open(os.devnull, "w", encoding="utf-8")) for s in before)
     try:
-        parallel.start()
-        out = main(argv)
-        parallel.stop()
-        return out
-    except KeyboardInterrupt:
-        message, code = "interrupted", 130
-    except FloatingPointError as e: message, code = e, 5
-    except (ValueError, OSError) as e: message, code = e, getattr(e, "exit_code", 2)
-    except (RuntimeError, MemoryError) as e:
-        if no_memory(e): message, code = OUT_OF_MEMORY, 6
-        elif parallel.lost(e):
-            message = "another rank ended or does not answer: see what it printed; checkpoints stand, run again to resume"
-            code = parallel.LOST
-        else: raise
-        message = f"{message} ({one_line([str(e)]):.300})"
-    parallel.leave(f"{Path(sys.argv[0]).name}: {message}", code)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
 
 
-def whole(text, least=0):
+# ---------------------------------------------------------------------------------------------------------------------
+# types of arguments: each knows its range, so that what cannot be is refused before anything is opened
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but what is wrong is one line: dozens of flags above it would hide it."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {printable(message)}; {self.prog} --help lists the flags\n")
+
+
+MOST = 10**9            # of things to count: more than any machine holds, and far from where integers overflow
+
+
+def whole(text, least=0, most=MOST):
     """argparse type: a whole number from `least` on."""
-    if not text.isdigit() or int(text) < least: raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
-    return int(text)
+    number = int(text) if re.fullmatch("[0-9]{1,30}", text) else -1
+    if least <= number <= most:
+        return number
+    bound = f"{least:,} to {most:,}" if number > most else f"{least} on"
+    raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number from {bound}")
 
 
-def natural(text): return whole(text, 1)
+def natural(text):
+    """argparse type: a whole number from 1 on."""
+    return whole(text, 1)
 
+
+def seed(text):
+    """argparse type: a whole number from 0 on that fits 63 bits."""
+    return whole(text, 0, 2**63 - 1)
+
+
+def number(text, least=-math.inf, most=math.inf, said="a number"):
+    """argparse type: a finite number from `least` to `most`, of a size that float32 holds; `said` names the range."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if math.isfinite(value) and (abs(value) > 3e38 or 0 < abs(value) < 1e-37):
+        said = "a number that float32 holds"
+    elif least <= value <= most and math.isfinite(value):
+        return value
+    raise argparse.ArgumentTypeError(f"{text!r:.40} is not {said}")
+
+
+def positive(text):
+    """argparse type: a number above 0."""
+    return number(text, sys.float_info.min, said="a number above 0")
+
+
+def amount(text):
+    """argparse type: a number from 0 on."""
+    return number(text, 0, said="a number from 0 on")
+
+
+def share(text):
+    """argparse type: a number from 0 to 1."""
+    return number(text, 0, 1, "a number from 0 to 1")
+
+
+def given(text):
+    """argparse type: a text that is not empty. An empty path would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("nothing is given")
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 def pick_device(name):
     """auto: cuda where there is one, else cpu. Raises ValueError for a device this machine does not have."""
     if name == "auto": return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {name}: not usable here ({str(e).splitlines()[0][:80]}); use cpu, or leave the flag out") from None
+        torch.zeros(1, device=name).item()      # meta has no values
+    except (RuntimeError, AssertionError, ValueError, OverflowError, ImportError, AttributeError) as e:
+        why = (str(e).splitlines() or [type(e).__name__])[0][:80]
+        raise ValueError(f"--device {name}: not usable here ({why}); use cpu, or leave the flag out") from None
     return name
 
 

@@ -36,6 +36,7 @@ import pyarrow.parquet
 import arithmetic
 import hub
 import verify
+from rows import printable
 
 log = logging.getLogger("nanobupo.data")
 
@@ -151,25 +152,6 @@ class Problem:
     id: str = ""
     source: str = ""
     meta: dict = field(default_factory=dict, compare=False)
-
-
-# What a terminal obeys or hides: control characters and escapes, what reorders text, zero width,
-# halves of a pair, tags. Not the joiners U+200C and U+200D, which belong to scripts and to emoji.
-UNSEEN = re.compile(
-    "[\0-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
-    "\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
-)
-
-
-def printable(text, keep="\n\t") -> str:
-    r"""Text of a data set or a model as it may be shown: \x1b and \u202e in place of characters
-    that act on a terminal.
-
-    keep: those that stay; "" for a text that has to fit into one line.
-    """
-    return UNSEEN.sub(
-        lambda c: c[0] if c[0] in keep else c[0].encode("unicode_escape").decode(), str(text)
-    )
 
 
 class DataError(ValueError):

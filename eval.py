@@ -39,8 +39,9 @@ from cli import guarded, natural, pick_device
 from data import DataError, Problem, fingerprint, load_problems
 from decompose import folder_name
 from model import Config, load, read_json, resolve
-from plot import number, parsed
+from plot import number
 from rollout import Sample, Sampler
+from rows import parsed
 from tokenizer import SYSTEM
 from verify import Verdict, grade, hendrycks
 

@@ -609,6 +609,8 @@ def _has_files(folder: Path) -> bool:
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file; ValueError or FileNotFoundError with the path in one line."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not a file")      # a pipe would keep us waiting for ever
     try:
         out = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -635,7 +637,7 @@ def _shard_files(folder: Path) -> list[Path]:
 
 def _shards(folder: Path) -> list[Path]:
     files = _shard_files(folder)
-    if missing := [f.name for f in files if not f.exists()]:
+    if missing := [f.name for f in files if not f.is_file()]:
         raise CheckpointError(f"{folder}: missing weight files: {', '.join(missing):.4000}; {hub.again(folder)}")
     return files
 

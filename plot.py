@@ -23,6 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rows import parsed, read_rows
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")
 WIDTH = 9.0  # inches; at 100 dots an inch the column of a blog
@@ -32,41 +34,6 @@ MOST_RUNS = 50  # models or training steps in one figure
 
 # ----------------------------------------------------------------------------------------------
 # reading
-
-
-def read_rows(path, is_row=None):
-    """([row], skipped): the JSON objects of a JSONL file in order, and how many lines are none.
-
-    Lines may be torn or foreign; blank ones are not counted. is_row(object) -> bool refuses more.
-    Raises FileNotFoundError, ValueError for what is no regular file (a FIFO would never answer),
-    and OSError for a file that cannot be read.
-    """
-    path, rows, skipped = Path(path), [], 0
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
-    if not path.is_file():
-        raise ValueError(f"{path}: not a regular file")
-    try:
-        with open(path, "rb") as f:  # bytes: a line ends at \n, and not at U+2028 inside a text
-            for line in f:
-                if not line.strip():
-                    continue
-                row = parsed(line)
-                if isinstance(row, dict) and (is_row is None or is_row(row)):
-                    rows.append(row)
-                else:
-                    skipped += 1
-    except OSError as e:
-        raise OSError(f"{path}: cannot be read ({e.strerror or e})") from None
-    return rows, skipped
-
-
-def parsed(line):
-    """The value that a line of bytes holds as JSON; None when it holds none."""
-    try:
-        return json.loads(line.decode("utf-8-sig"))  # -sig: some editors begin with a mark
-    except (ValueError, RecursionError):  # no UTF-8, no JSON, 5,000 digits, nested too deep
-        return None
 
 
 def drawable(path, kind):

@@ -10,9 +10,10 @@
 Each step samples a group of responses to each of a few problems from the model's own policy, grades them, and takes a few
 optimizer steps on the clipped surrogate. The value of the loss says nothing; watch the reward.
 
-The run folder holds config.json, metrics.jsonl, samples.jsonl, step_000030/ (a Hugging Face folder plus optimizer state) and figures. The
-same command run again resumes from the newest valid step. Exit codes: 0 done, 2 usage, 3 data, 4 checkpoint, 5 numerics, 6 memory,
-7 another rank died, 75 ended by SIGTERM with its state saved, 130 by Ctrl-C.
+The run folder holds config.json, metrics.jsonl, samples.jsonl, step_000030/ (a Hugging Face folder plus optimizer
+state) and figures. The same command run again resumes from the newest valid step. Exit codes: 0 done, 2 usage,
+3 data, 4 checkpoint, 5 numerics, 6 memory, 7 another rank died, 8 the disk is full or a checkpoint cannot be written
+(those before it stand), 75 ended by SIGTERM, SIGHUP or SIGUSR1 with its state saved, 130 by Ctrl-C.
 """
 import argparse
 import json
@@ -31,6 +32,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import cli
 import decompose
 import hub
 import parallel
@@ -38,7 +40,7 @@ import plot
 import tiny
 import tokenizer as tokenizers
 from bupo import Schedule, backward, forward_flops, policy_logprobs, stored_logprobs
-from cli import guarded, natural, no_memory, pick_device, short_name
+from cli import Parser, guarded, natural, no_memory, pick_device, printable, short_name
 from data import DataError, batch, fingerprint, is_evaluation, load_problems, span, unverifiable, without_shared
 from eval import answer, avg_at_k, encode_prompts
 from grpo import Response, collate, group_advantages, overlong_penalty
@@ -47,6 +49,7 @@ from optimizer import BYTES, SplitAdamW
 from plan import CONTEXT, choose, default_new_tokens, flag, host_bytes, memory_plan, parameters, show_plan, table
 from recipes import RECIPES
 from rollout import Sampler, fold
+from rows import each_row
 from shapes import shape
 from signals import Signals, Stopped
 from tokenizer import SYSTEM, Tokenizer
@@ -71,8 +74,22 @@ def sizes(text):
     return out
 
 
+def counts(text):
+    """argparse type: whole numbers with commas between them, as text."""
+    for part in text.split(","):
+        cli.whole(part.strip() or "0")
+    return text
+
+
+def layers(text):
+    """argparse type of --bupo-layer: none, auto, or layers from 1 with commas between them, as text."""
+    for part in text.split(",") if text not in ("none", "auto", "") else ():
+        natural(part.strip() or "1")
+    return text
+
+
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def flags(title):
         group = p.add_argument_group(title)
@@ -85,16 +102,16 @@ def parser():
 
     switch = argparse.BooleanOptionalAction
     add = flags("model and data")
-    add("--model", "tiny", "tiny, a preset (qwen3-4b), a hub id or a folder")
+    add("--model", "tiny", "tiny, a preset (qwen3-4b), a hub id or a folder", type=cli.given)
     add("--recipe", None, "settings that belong to a model and its problems, see recipes.py; other flags override them", type=str,
         choices=tuple(RECIPES))
-    add("--data", "deepmath", "problems: a named set or a .json, .jsonl or .parquet file")
+    add("--data", "deepmath", "problems: a named set or a .json, .jsonl or .parquet file", type=cli.given)
     add("--limit", None, "only the first so many problems of --data", type=natural)
     add("--difficulty", None, "only problems of this difficulty, as 5-8, where the set tells it", type=span)
     add("--train-on-test", False, "let --data be a set that is there to measure with", action="store_true")
     add("--revision", None, "branch, tag or commit of a model on the hub", type=str)
     add("--eval-data", None, "held-out problems for accuracy before, during and after", type=str)
-    add("--eval-every", 0, "steps between evaluations; 0: only before and after")
+    add("--eval-every", 0, "steps between evaluations; 0: only before and after", type=cli.whole)
     add("--eval-limit", 256, "held-out problems, one sample each", type=natural)
     add("--system", SYSTEM, "system prompt")
     add("--thinking", False, "Qwen3: leave thinking on (the paper turns it off)", action="store_true")
@@ -102,8 +119,9 @@ def parser():
     add("--verifier", "nanobupo", "hendrycks is the reference's string equality", choices=("nanobupo", "hendrycks"))
 
     add = flags("bottom-up policy optimization")
-    add("--bupo-layer", "none", "internal layer(s) trained first, from 1, as 6 or 6,26; auto: last layer with dH_mlp > 0; none: plain GRPO")
-    add("--bupo-steps", "30", "steps of each internal phase, as 30 or 20,10")
+    add("--bupo-layer", "none", "internal layer(s) trained first, from 1, as 6 or 6,26; auto: last "
+        "layer with dH_mlp > 0; none: plain GRPO", type=layers)
+    add("--bupo-steps", "30", "steps of each internal phase, as 30 or 20,10", type=counts)
     add("--internal-norm", "none", "norm before the unembedding at an internal layer; the paper has none", choices=("none", "final"))
 
     add = flags("GRPO")
@@ -111,20 +129,24 @@ def parser():
     add("--prompts", 128, "problems a step", type=natural)
     add("--group", 8, "responses to each problem, G", type=natural)
     add("--mini-prompts", 32, "problems an optimizer update: 128 / 32 = 4 updates a step", type=natural)
-    add("--clip-low", 0.2, "clip below 1 - this")
-    add("--clip-high", 0.2, "clip above 1 + this; 0.28 is DAPO's clip-higher")
-    add("--dual-clip", 10.0, "bound of the loss for negative advantages, in |A|; 0: off")
+    add("--clip-low", 0.2, "clip below 1 - this", type=cli.share)
+    add("--clip-high", 0.2, "clip above 1 + this; 0.28 is DAPO's clip-higher", type=cli.amount)
+    add("--dual-clip", 10.0, "bound of the loss for negative advantages, in |A|; 0: off",
+        type=cli.amount)
     add("--advantage", "grpo", "baseline and scale of the rewards", choices=("grpo", "dr_grpo", "rloo", "reinforce++"))
     add("--loss", "token-mean", "what a token weighs; dr_grpo divides by --max-new-tokens", choices=("token-mean", "seq-mean", "dr_grpo"))
-    add("--kl", 0.0, "coefficient of the k3 KL to the starting model, at the layer trained; holds a second copy of the weights")
-    add("--tis", 0.0, "truncate importance weights pi_old / pi_sampler at this, per token; 0: none")
-    add("--refills", 0, "dynamic sampling: times to replace groups of equal rewards by new problems (DAPO)")
+    add("--kl", 0.0, "coefficient of the k3 KL to the starting model, at the layer trained; holds "
+        "a second copy of the weights", type=cli.amount)
+    add("--tis", 0.0, "truncate importance weights pi_old / pi_sampler at this, per token; 0: none",
+        type=cli.amount)
+    add("--refills", 0, "dynamic sampling: times to replace groups of equal rewards by new "
+        "problems (DAPO)", type=cli.whole)
     add("--overlong", "zero", "responses cut off by the limit: reward 0; mask: out of the loss; soft: also a penalty on length before it",
         choices=("zero", "mask", "soft"))
     add("--overlong-buffer", 512, "tokens before the limit over which the soft penalty grows to 1", type=natural)
 
     add = flags("sampling")
-    add("--temperature", 1.0, "divides the logits, in sampling and in training alike")
+    add("--temperature", 1.0, "divides the logits, in sampling and in training alike", type=cli.positive)
     add("--max-new-tokens", None, "response tokens at most (default 7168, for llama 3072)", type=natural)
     add("--max-prompt-tokens", 1024, "longer prompts are dropped and counted, never cut", type=natural)
     add("--slots", None, "responses decoded together; the KV cache is slots x (prompt + response) tokens (default 64, on a GPU what fits)",
@@ -133,9 +155,9 @@ def parser():
         action=switch)
 
     add = flags("optimization")
-    add("--lr", 1e-6, "AdamW learning rate, constant")
-    add("--weight-decay", 0.01, "AdamW weight decay")
-    add("--grad-clip", 1.0, "norm the gradient is scaled down to")
+    add("--lr", 1e-6, "AdamW learning rate, constant", type=cli.positive)
+    add("--weight-decay", 0.01, "AdamW weight decay", type=cli.amount)
+    add("--grad-clip", 1.0, "norm the gradient is scaled down to", type=cli.positive)
     add("--micro-tokens", None, "tokens of one forward and backward: memory, not maths (default 16384, on a GPU what fits)", type=natural)
     add("--logit-chunk", None, "positions whose logits are held at once: chunk x V x 4 bytes, twice (default 256, on a GPU 1024)",
         type=natural)
@@ -152,11 +174,12 @@ def parser():
 
     add = flags("run")
     add("--out", None, "run folder (default out/MODEL)", type=str)
-    add("--seed", 0, "everything random follows from it")
+    add("--seed", 0, "everything random follows from it", type=cli.seed)
     add("--save-every", 30, "steps between checkpoints", type=natural)
-    add("--keep", 2, "newest checkpoints kept; 0: all")
-    add("--log-samples", 16, "responses of each step written to samples.jsonl")
-    add("--watch-layers", 0, "steps between looks at the internal layer on fixed responses: cosine, entropies, perplexity; 0: none")
+    add("--keep", 2, "newest checkpoints kept; 0: all", type=cli.whole)
+    add("--log-samples", 16, "responses of each step written to samples.jsonl", type=cli.whole)
+    add("--watch-layers", 0, "steps between looks at the internal layer on fixed responses: "
+        "cosine, entropies, perplexity; 0: none", type=cli.whole)
     add("--device", "auto", "auto, cpu, cuda")
     add("--replicas", 1, "with torchrun: machines that hold a full set of weight shards each; 1: one set over all", type=natural)
     add("--dry-run", False, "show plan, first prompt and memory, then stop; needs neither weights nor a GPU", action="store_true")
@@ -176,8 +199,13 @@ def parse(argv=None):
         p.set_defaults(recipe=named.recipe, **RECIPES[named.recipe])
     args = p.parse_args(argv)
     if args.group < 2: raise ValueError("--group must be at least 2: a group of one has no baseline")
-    for name in ("lr", "temperature", "grad_clip"):
-        if not 0 < getattr(args, name) < float("inf"): raise ValueError(f"--{name.replace('_', '-')} must be a positive number")
+    if 0 < args.dual_clip <= 1:
+        raise ValueError("--dual-clip must be above 1, or 0 for none: it would silence every negative advantage")
+    if args.watch_layers and not args.log_samples:
+        raise ValueError(f"--watch-layers {args.watch_layers} looks at the responses of step 1, which --log-samples 0 does "
+                         "not keep: add --watch-layers 0, or log at least 1")
+    # layers beyond the model's are refused when it is known
+    Schedule.parse("1" if args.bupo_layer == "auto" else args.bupo_layer, args.bupo_steps, cli.MOST)
     if args.optimizer in ("split", "split-m32"):
         if args.dtype == "float32":
             raise ValueError(f"--optimizer {args.optimizer} needs --dtype bfloat16")
@@ -216,6 +244,9 @@ class Run:
     step: int = 0                           # the step under way
     seconds: dict = field(default_factory=dict)     # what its parts took
     unfit: int = 0                          # updates in a row that were left out for want of finite gradients
+    num_tokens: int = 0                     # sampled so far, prompts included
+    blind: bool = False                     # whether it has been said that there is nothing to watch
+    watched: list = field(default_factory=list)     # responses of step 1 as (ids, prompt length), see `watch`
 
     @property
     def n_vocab(self):
@@ -258,13 +289,19 @@ def settings(args) -> dict:
 
 
 def check_folder(args, now, keys):
-    """Refuse to mix two runs, or a run and a model, in one folder."""
+    """Refuse to mix two runs, or a run and a model, in one folder. Checkpoints make it a run, whatever logs are there."""
     out = args.out
-    if args.fresh and not args.overwrite and (out / "metrics.jsonl").exists():
+    for name in (*checkpoint.LOGS, "config.json"):
+        if (out / name).exists() and not (out / name).is_file():
+            raise ValueError(f"{out / name}: not a file: move it away, or name another --out")
+    if args.fresh and not args.overwrite and checkpoint.holds_run(out):
         raise ValueError(f"{out} holds a run: add --overwrite to delete it, leave out --fresh to resume it, or name another --out")
     saved = read_json(out / "config.json") if (out / "config.json").exists() else {}
     if "model_type" in saved: raise ValueError(f"{out} holds a model: name another --out for the run")
-    if args.fresh or args.override or not any(out.glob("step_*")): return
+    if args.fresh or args.override or not checkpoint.has_checkpoints(out): return
+    if not saved:
+        raise ValueError(f"{out} holds checkpoints and no config.json: what settings they were made with is not known; put "
+                         "it back, name another --out, or add --override")
     if changed := checkpoint.compare(saved, now, keys):
         raise ValueError(f"{out} holds a run with other settings ({'; '.join(changed)}): set them back, name another --out, "
                          "or add --override")
@@ -438,7 +475,7 @@ def show_prompts(tokenizer, prompts, dropped):
     print(f"{len(prompts):,} problems" + (f" ({dropped} more dropped: prompt too long)" if dropped else "")
           + f"; prompt format {tokenizer.format}, stop ids {list(tokenizer.stop_ids)}, {tokenizer.n_vocab:,} ids in use")
     print("the value of the loss says nothing (it is about -mean(length x advantage) / mean(length)): watch the reward")
-    print(f"first prompt:\n{tokenizer.decode(prompts[0][1])}", flush=True)
+    print(f"first prompt:\n{printable(tokenizer.decode(prompts[0][1]))}", flush=True)
 
 
 def master_dtype(args):
@@ -465,25 +502,29 @@ def make_optimizer(model, args):
     return SplitAdamW(**common, moment_dtype=moment_dtype, offload=args.offload)
 
 
-def resume(run, model, optimizer) -> int:
-    """Load the newest valid checkpoint of the run folder and rewind its logs; returns the step it stands after, 0 for a new run."""
+def resume(run, model, optimizer) -> dict:
+    """Load the newest valid checkpoint of the run folder and rewind its logs; returns its state: the step it stands after
+    and the tokens sampled until then, 0 and 0 for a new run."""
     args, out = run.args, run.args.out
     checkpoint.clean(out)
     now = {**settings(args), "data_sha256": run.data_sha256, "torch": torch.__version__, "python": sys.version.split()[0],
            "commit": commit()}
     check_folder(args, now, MATHS)
-    logs, step = [out / name for name in checkpoint.LOGS], 0
-    if args.fresh and logs[0].exists(): checkpoint.discard(out)
+    if args.fresh:
+        checkpoint.discard(out)
+    state, last = {"step": 0, "num_tokens": 0}, 0
     if newest := checkpoint.latest(out):
-        step = checkpoint.load(newest, model, optimizer, verify=False)["step"]     # `latest` has just verified it
-        print(f"resuming {out} after step {step}", flush=True)
-        checkpoint.prune(out, step, args.keep)
-    for log in logs:
-        if log.exists(): checkpoint.rewind(log, step)
+        state |= checkpoint.load(newest, model, optimizer, verify=False)     # `latest` has just verified it
+        last = state["step"]
+        print(f"resuming {out} after step {last}", flush=True)
+        checkpoint.prune(out, last, args.keep)
+    elif not (out / "config.json").exists() or checkpoint.compare(read_json(out / "config.json"), now, MATHS):
+        last = -1       # the row of step 0 that may be there is of another model
+    for name in checkpoint.LOGS: checkpoint.rewind(out / name, last)
     new = out / ".tmp-config.json"      # renamed into place: a kill leaves the old settings or the new ones
     new.write_text(json.dumps(now, indent=1) + "\n")
     new.replace(out / "config.json")
-    return step
+    return state
 
 
 def commit():
@@ -562,10 +603,9 @@ def leave_out(run, mini, layer):
     run.unfit += 1
     path = run.args.out / "bad_batches.jsonl"
     if parallel.rank() == 0:
-        with suppress(OSError), open(path, "a", encoding="utf-8") as f:      # a full disk costs the copy, not the run
-            for r in mini:
-                f.write(json.dumps({"step": run.step, "layer": layer, "first": bad, "advantage": r.advantage, "prompt_ids": r.prompt,
-                                    "ids": r.ids, "sampler_logprobs": r.sampler_logprobs}) + "\n")
+        with suppress(OSError), checkpoint.Log(path) as batches:      # a full disk costs the copy, not the run
+            batches.write({"step": run.step, "layer": layer, "first": bad, "advantage": r.advantage, "prompt_ids": r.prompt,
+                           "ids": r.ids, "sampler_logprobs": r.sampler_logprobs} for r in mini)
     print(f"step {run.step}: the gradient is not finite (first in {bad}), nothing was updated; the batch is in {path}", file=sys.stderr)
     if run.unfit == UNFIT:
         raise FloatingPointError(f"the gradient is not finite in {UNFIT} updates in a row (first in {bad}); their batches are in {path}, "
@@ -639,16 +679,17 @@ def compare_with_sampler(run, responses) -> dict:
 
 
 def describe(groups, drawn, sums, norms, layer, n_layers):
-    """The row of metrics.jsonl, in TRL's names where it has them; drawn [N,G] are the rewards of all that was sampled."""
+    """The row of metrics.jsonl, in TRL's names for what TRL has; drawn [N,G] are the rewards of all that was sampled."""
     answered = [a for group in groups for a in group]
     lengths = torch.tensor([len(a.sample.ids) for a in answered], dtype=torch.float32)
     ended = torch.tensor([a.sample.stopped for a in answered])
     row = {"phase": "internal" if layer < n_layers else "whole", "inter/layer": layer, "reward": drawn.mean().item(),
-           "reward_std": drawn.std(1).mean().item(), "frac_reward_zero_std": (drawn == drawn[:, :1]).all(1).float().mean().item(),
+           "reward_std": drawn.std().item(), "reward_group_std": drawn.std(1).mean().item(),
+           "frac_reward_zero_std": (drawn == drawn[:, :1]).all(1).float().mean().item(),
            "groups_sampled": len(drawn), "completions/mean_length": lengths.mean().item(), "completions/max_length": lengths.max().item(),
            "completions/clipped_ratio": 1 - ended.float().mean().item(),
            "completions/mean_terminated_length": lengths[ended].mean().item() if ended.any() else None,
-           "num_tokens": int(lengths.sum()), "updates": len(norms), "grad_norm": sum(norms) / len(norms) if norms else 0.0}
+           "response_tokens": int(lengths.sum()), "updates": len(norms), "grad_norm": sum(norms) / len(norms) if norms else 0.0}
     if norms:
         tokens = sums["tokens"]
         row |= {"loss": sums["loss"] / len(norms), "inter/entropy": sums["entropy"] / tokens,
@@ -677,6 +718,7 @@ def sample(run, step):
         # a refill walks the problems in an order of its own, which is a function of the step like the first
         pairs = batch(run.prompts, step, args.prompts - len(groups), fold(args.seed, round) if round else args.seed)
         new = run.respond(pairs, args.group, step, round)
+        run.num_tokens += sum(len(a.prompt) + len(a.sample.ids) for group in new for a in group)
         scores = [[reward(a, args) for a in group] for group in new]
         drawn += scores
         # without anything to learn from it is still a step
@@ -703,12 +745,13 @@ def step_once(run, optimizer, step):
     moved = parallel.total({"moved": (before != after).sum().item(), "all": len(before)})
     samples = [{**a.row(step=step), "reward": r} for group, row in zip(answered, rewards.tolist(), strict=True)
                for a, r in zip(group, row, strict=True)]
-    row = {"step": step, **describe(answered, drawn, sums, norms, layer, run.model.config.n_layers), **seen,
+    row = {"step": step, "num_tokens": run.num_tokens,
+           **describe(answered, drawn, sums, norms, layer, run.model.config.n_layers), **seen,
            "weights_moved": moved["moved"] / moved["all"], "lr": args.lr}
     spent = dict(run.seconds)
     spent["other"] = time.perf_counter() - start - sum(spent.values())
     training = sum(spent.get(part, 0) for part in ("logprobs", "backward", "optimizer"))
-    row |= {"perf/rollout_tok_s": row["num_tokens"] / (spent["rollout"] + spent["grade"]),
+    row |= {"perf/rollout_tok_s": row["response_tokens"] / (spent["rollout"] + spent["grade"]),
             "perf/train_tflop_s": flops / parallel.world() / training / 1e12, "perf/peak_gb": peak_gb(run.model)}
     return row | {f"time/{part}": seconds for part, seconds in spent.items()}, samples
 
@@ -721,34 +764,76 @@ def evaluate(run) -> dict:
             "time/eval": time.time() - start}
 
 
+def responses_of_step_1(path, vocab_size) -> list:
+    """The responses of step 1 in samples.jsonl, as (ids, prompt length); what is no such row is left out."""
+    found = []
+    for row in each_row(path):
+        if row is None or not isinstance(row.get("step"), int):
+            continue
+        if row["step"] > 1:      # rows stand in the order of steps
+            break
+        prompt, ids = row.get("prompt_ids"), row.get("ids")
+        if not (isinstance(prompt, list) and isinstance(ids, list) and prompt and ids):
+            continue
+        if all(type(token) is int and 0 <= token < vocab_size for token in prompt + ids):
+            found.append((prompt + ids, len(prompt)))
+    return found
+
+
 def watch(run, out) -> dict:
-    """The first internal layer (of plain GRPO the middle one) and the model itself on the responses of step 1: see decompose.watch.
+    """The first internal layer (of plain GRPO the middle one) and the model itself on the responses of step 1: see
+    decompose.watch. Where samples.jsonl does not hold them, nothing, with a line the first time.
 
     The paper's collapse shows here first: perplexity of the whole policy that rises while an internal phase still runs.
     """
-    layer = run.schedule.phases[0][0] if run.schedule.phases else (run.model.config.n_layers + 1) // 2
-    with open(out / "samples.jsonl", encoding="utf-8") as f: first = [r for r in map(json.loads, f) if r["step"] == 1]
-    start = time.time()
-    sequences = [(r["prompt_ids"] + r["ids"], len(r["prompt_ids"])) for r in first if r["ids"]]
-    seen = decompose.watch(run.sampler.model, sequences, layer)
-    return {**seen, "time/watch": time.time() - start}
+    n_layers, start = run.model.config.n_layers, time.time()
+    layer = run.schedule.phases[0][0] if run.schedule.phases else (n_layers + 1) // 2
+    run.watched = run.watched or responses_of_step_1(out / "samples.jsonl", run.model.config.vocab_size)
+    if not run.watched:
+        if not run.blind:
+            print(f"--watch-layers: {out / 'samples.jsonl'} holds no responses of step 1 to look at; training goes on without",
+                  file=sys.stderr)
+        run.blind = True
+        return {}
+    return {**decompose.watch(run.sampler.model, run.watched, layer), "time/watch": time.time() - start}
 
 
 def result(rows, schedule):
     """The last line: accuracy before and after, when it was best, and memory, from the rows of metrics.jsonl alone; None without
     held-out problems."""
-    scores, seconds, peak = [], 0.0, 0.0      # scores: (accuracy, seconds until then)
+    scores, seconds, peak = [], 0.0, 0.0      # scores: (accuracy, seconds until then, row)
     for row in rows:
         seconds += sum(v for k, v in row.items() if k.startswith("time/"))
         peak = max(peak, row.get("perf/peak_gb", 0.0))
-        if "eval/accuracy" in row:
-            scores.append((row["eval/accuracy"], seconds))
-            questions = row["eval/questions"]
+        if "eval/accuracy" in row and "eval/questions" in row:
+            scores.append((row["eval/accuracy"], seconds, row))
     if len(scores) < 2:
         return None
-    (before, _), (after, _), (best, soonest) = scores[0], scores[-1], max(scores, key=lambda s: (s[0], -s[1]))
-    return (f"accuracy {before:.2f} -> {after:.2f} on {questions} held-out problems in {seconds:.0f} s, best {best:.2f} after "
-            f"{soonest:.0f} s, at most {peak:.1f} GB ({schedule})")
+    (before, _, first), (after, _, last) = scores[0], scores[-1]
+    best, soonest, _ = max(scores, key=lambda s: (s[0], -s[1]))
+    began = f" (step {first['step']})" if first["step"] else ""      # the row of step 0 is lost
+    return (f"accuracy {before:.2f}{began} -> {after:.2f} on {last['eval/questions']} held-out problems in {seconds:.0f} s, "
+            f"best {best:.2f} after {soonest:.0f} s, at most {peak:.1f} GB ({schedule})")
+
+
+def draw(out):
+    """training.png, and where that fails a line: the run is over and saved."""
+    try:
+        plot.training(out / "metrics.jsonl", out / "training.png")
+    except Exception as e:      # rows may have been edited, fonts may be missing, the disk may be full
+        print(f"{out / 'training.png'}: not drawn ({one_line([f'{type(e).__name__}: {e}'])[:300]})", file=sys.stderr)
+
+
+def finish(run, rows):
+    """Figure and last line of a run that is over and saved."""
+    out = run.args.out
+    parallel.on_first(draw, out)
+    print(f"written: {out}/ (metrics.jsonl, samples.jsonl, training.png, checkpoints)")
+    try:
+        line = result(rows, run.schedule)
+    except Exception as e:      # rows that have been edited
+        line = f"no accuracy: rows of metrics.jsonl are not as they were written ({type(e).__name__}: {e})"
+    if line: print(line)
 
 
 def show(row, bar, steps):
@@ -764,41 +849,35 @@ def train(run, optimizer, start, setup_seconds):
     """The loop, from the step after `start` to the last; returns the rows of metrics.jsonl, those of an earlier session included."""
     args, out = run.args, run.args.out
     files = [os.devnull if parallel.rank() else out / name for name in ("metrics.jsonl", "samples.jsonl")]
-    Path(files[0]).touch()
-    rows, warned = parallel.on_first(lambda: [json.loads(line) for line in Path(files[0]).read_text(encoding="utf-8").splitlines()]), []
-    with open(files[0], "ab", buffering=0) as metrics, open(files[1], "ab", buffering=0) as samples:
-
-        def write(file, lines):
-            """A full disk costs log lines, not the run; a torn line is mended on resume."""
-            try:
-                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode(errors="replace"))
-            except OSError as e:
-                if not warned: print(f"{file.name}: cannot be written ({e.strerror or e}); training goes on, its log has a gap",
-                                     file=sys.stderr)
-                warned.append(file.name)
+    # what is no row there `resume` has moved away
+    rows = parallel.on_first(lambda: [row for row in each_row(files[0]) if row is not None])
+    with checkpoint.Log(files[0]) as metrics, checkpoint.Log(files[1]) as samples:
 
         def log(row):
             rows.append(row)
-            write(metrics, [row])
+            metrics.write([row])
 
         def save(step):
-            gathered = parallel.gather(run.model, optimizer)
-            parallel.on_first(checkpoint.save, out, step, *gathered, {"step": step}, tokenizer_from=run.model.folder, keep=args.keep)
+            gathered, state = parallel.gather(run.model, optimizer), {"step": step, "num_tokens": run.num_tokens}
+            parallel.on_first(checkpoint.save, out, step, *gathered, state, tokenizer_from=run.model.folder, keep=args.keep)
 
         bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, unit="step",
                    disable=parallel.rank() > 0 or not sys.stderr.isatty())
         done = saved = start
         try:
-            if run.tests and not rows:
-                log({"step": 0, **evaluate(run), "time/setup": setup_seconds})
-                tqdm.write(f"held-out accuracy before training: {rows[0]['eval/accuracy']:.3f}")
+            if run.tests and start < args.steps and not any("eval/accuracy" in row for row in rows):
+                log({"step": start, **evaluate(run), "time/setup": setup_seconds})
+                when = f"after step {start}" if start else "before training"
+                tqdm.write(f"held-out accuracy {when}: {rows[-1]['eval/accuracy']:.3f}")
             for step in bar:
                 row, answered = step_once(run, optimizer, step)
                 done = step
                 if run.tests and (step == args.steps or (args.eval_every and step % args.eval_every == 0)):
                     with suppress(Stopped): row |= evaluate(run)      # a signal is heeded once the step is logged
-                if step == start + 1: tqdm.write(f"first response (reward {answered[0]['reward']:g}):\n{answered[0]['response']}")
-                write(samples, answered[:args.log_samples])
+                if step == start + 1:
+                    first = answered[0]
+                    tqdm.write(f"first response (reward {first['reward']:g}):\n{printable(first['response'])}")
+                samples.write(answered[:args.log_samples])
                 if args.watch_layers and (step % args.watch_layers == 0 or step == 1): row |= parallel.on_first(watch, run, out)
                 log(row)
                 show(row, bar, args.steps)
@@ -811,8 +890,7 @@ def train(run, optimizer, start, setup_seconds):
             if parallel.rank() == 0:
                 print(f"stopped after step {done}, {'which is saved' if done else 'with nothing to save'}: the same command goes on from "
                       "there", file=sys.stderr)
-            parallel.stop()
-            sys.exit(130 if run.signals.got == signal.SIGINT else 75)
+            parallel.end(130 if run.signals.got == signal.SIGINT else 75)
     return rows
 
 
@@ -829,15 +907,14 @@ def main(argv=None):
             run.reference = parallel.shard(reference, args.replicas, getattr(torch, args.dtype))
         optimizer = make_optimizer(run.model, args)
         gathered = parallel.gather(run.model, optimizer)
-        start = parallel.on_first(resume, run, *gathered)
+        state = parallel.on_first(resume, run, *gathered)
+        start, run.num_tokens = state["step"], state["num_tokens"]
         if start: parallel.scatter(*gathered, run.model, optimizer)
         parallel.refresh(run.model, run.sampler.model)
         del gathered
         if run.model.unembedding.is_cuda: rehearse(run, optimizer)
         with run.signals: rows = train(run, optimizer, start, time.time() - began)
-        parallel.on_first(plot.training, args.out / "metrics.jsonl", args.out / "training.png")
-    print(f"written: {args.out}/ (metrics.jsonl, samples.jsonl, training.png, checkpoints)")
-    if line := result(rows, run.schedule): print(line)
+        finish(run, rows)
 
 
 if __name__ == "__main__":

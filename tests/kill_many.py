@@ -3,16 +3,19 @@
     python tests/kill_many.py                      200 kills, a few minutes
     python tests/kill_many.py --kills 20 --exec    each life a new interpreter, as when the command is typed again: slower
 
-A life is train.main with the same flags, on a small random model whose reward is a coin, ended by SIGKILL. Two thirds of the moments are
-uniform over the length of a life; one third waits for a save to begin first, since that is where a kill could do harm. A life that gets
-to its end is compared with the reference, and the next one starts a new run; so is the last one, which is left in peace. Compared are
-weights and moments (by SHA-256), the rows of metrics.jsonl but for those under time/ and perf/, and all samples.
+A life is train.main with the same flags, on a small random model whose verdicts are a coin's, ended by SIGKILL. Half of
+the moments are uniform over the time of training; a quarter waits for a save to begin first, since that is where a kill
+could do harm; a quarter for the last checkpoint, and falls into the figure and the last line. A life that gets to its
+end is compared with the reference, and the next one starts a new run; so is the last one, which is left in peace.
+Compared are weights and moments (by SHA-256), the rows of metrics.jsonl but for those under time/ and perf/, all samples,
+the line of the accuracy but for its seconds, and that the figures are whole.
 
 Lives are forked from a server that has imported train.py and done nothing else, so that the moments fall into the run and not into the
 imports. Exit code 0: all runs ended alike; 1: one did not, and its folder is kept.
 """
 import argparse
 import hashlib
+import itertools
 import json
 import multiprocessing
 import multiprocessing.forkserver
@@ -31,14 +34,20 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [p for p in (str(HERE), str(HERE.parent)) if p not in sys.path]   # also where it is imported by a life
 
 
-def coin(text, gold, verifier):
-    """A random model never answers right: reward half of all texts instead, by a hash, so that there is something to learn."""
-    from verify import Verdict
-    return Verdict(zlib.crc32(text.encode()) % 2 == 0, text, "equal: coin")
+class Coin:
+    """A random model never answers right. The grader reads its answers all the same, and then half of all texts are right, by
+    a hash, so that there is something to learn."""
+    def __init__(self, judge): self.judge = judge
+
+    def __call__(self, text, gold, verifier):
+        from verify import Verdict
+        verdict = self.judge(text, gold, verifier)
+        return Verdict(zlib.crc32(text.encode()) % 2 == 0, verdict.extracted, verdict.reason)
 
 
-def live(argv, log, prepare=None):
-    """One life: the command, with the coin for a verifier, its output appended to `log`. prepare() is called before it, in its process."""
+def live(argv, log, prepare=None, draws=False):
+    """One life: the command, its verdicts a coin's, its output appended to `log`. prepare() is called before it, in its
+    process. draws: the figure too, which takes longer than the run."""
     import threading
 
     import torch
@@ -50,12 +59,15 @@ def live(argv, log, prepare=None):
     from cli import guarded
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())      # its own is a semaphore between processes, which a killed one leaves behind
-    plot.training = lambda *paths: None   # drawing takes twice as long as the run: half of the moments would fall into it
+    if not draws: plot.training = lambda *paths: None
     sys.stdout = sys.stderr = open(log, "a", buffering=1)
-    evaluation.judge = coin
+    evaluation.judge = Coin(evaluation.judge)
     train.reward = lambda answered, args: float(answered.verdict.correct)       # it hardly ever stops by itself, which would be reward 0
     if prepare: prepare()
     guarded(train.main, argv)
+
+
+DRAWING = "matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.ticker"     # slow to import
 
 
 class Server:
@@ -67,17 +79,18 @@ class Server:
         if not exec:
             before = os.environ.get("PYTHONPATH")
             os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent)])     # for the preload; lives get sys.path
-            self.context.set_forkserver_preload(["train", "kill_many", *preload])
+            self.context.set_forkserver_preload(["train", "kill_many", *DRAWING, *preload])
             multiprocessing.forkserver.ensure_running()
             if before is None: del os.environ["PYTHONPATH"]
             else: os.environ["PYTHONPATH"] = before
 
-    def start(self, argv, log, prepare=None):
+    def start(self, argv, log, prepare=None, draws=False):
         """A running life. It has kill(), pid, and what `ended` asks."""
         if self.exec:
-            code = "import sys; sys.path[:0] = sys.argv[1:3]; import kill_many; kill_many.live(sys.argv[4:], sys.argv[3])"
+            code = ("import sys; sys.path[:0] = sys.argv[1:3]; import kill_many; "
+                    f"kill_many.live(sys.argv[4:], sys.argv[3], draws={draws})")
             return subprocess.Popen([sys.executable, "-c", code, str(HERE), str(HERE.parent), str(log), *argv])
-        life = self.context.Process(target=live, args=(argv, log, prepare))
+        life = self.context.Process(target=live, args=(argv, log, prepare, draws))
         life.start()
         return life
 
@@ -94,19 +107,21 @@ def ended(life, seconds):
 
 
 def model_folder(folder) -> Path:
-    """A random byte-level model of 4,000 parameters and ten problems."""
+    """A random byte-level model of 4,000 parameters and ten problems, with ten others held out."""
     import tiny
     from model import Config, Transformer, save
     save(Transformer(Config("qwen3", 260, 16, 3, 2, 1, 8, 32, tied=True, max_len=256)).init_weights(0, 0.3), folder)
     tiny.write_tokenizer(folder)
-    (folder / "problems.jsonl").write_text("".join(json.dumps({"problem": f"{i}+1", "answer": str(i + 1)}) + "\n" for i in range(10)))
+    for name, term in (("problems", 1), ("held_out", 2)):
+        lines = [json.dumps({"problem": f"{i}+{term}", "answer": str(i + term)}) + "\n" for i in range(10)]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
     return folder
 
 
 def command(folder, out, **change) -> list[str]:
     """Flags of a run of ten steps, three of them internal, saved at every second, evaluated at every third; two checkpoints are kept."""
-    f = {"model": folder, "data": folder / "problems.jsonl", "eval-data": folder / "problems.jsonl", "eval-limit": 4, "eval-every": 3,
-         "out": out, "device": "cpu", "steps": 10, "save-every": 2, "keep": 2, "prompts": 4, "group": 4, "mini-prompts": 2, "lr": 1e-3,
+    f = {"model": folder, "data": folder / "problems.jsonl", "eval-data": folder / "held_out.jsonl", "eval-limit": 4, "eval-every": 3,
+         "out": out, "device": "cpu", "steps": LAST, "save-every": 2, "keep": 2, "prompts": 4, "group": 4, "mini-prompts": 2, "lr": 1e-3,
          "max-new-tokens": 8, "max-prompt-tokens": 16, "slots": 16, "bupo-layer": 1, "bupo-steps": 3, "system": ""} | change
     return [x for k, v in f.items() for x in (f"--{k.replace('_', '-')}", str(v))]
 
@@ -127,15 +142,23 @@ def tensors(folder) -> dict:
             for p in sorted(folder.rglob("*.safetensors")) if p.name != "rng.safetensors" for name, t in sorted(load_file(p).items())}
 
 
+LAST = 10       # step of the command
+
+
 def saved(out) -> list[int]:
     """Steps of the checkpoints in a run folder."""
     return sorted(int(p.name[5:]) for p in out.glob("step_*") if p.name[5:].isdigit())
 
 
+FIGURES = {"training.png": b"IEND\xaeB`\x82", "training.svg": b"</svg>\n"}     # and how they end
+
+
 def result(out) -> dict:
-    """What two runs that are the same have the same: every tensor of every checkpoint (by hash), metrics, samples, and no leftovers."""
+    """What two runs that are the same have the same: every tensor of every checkpoint (by hash), metrics, samples, whether
+    figures are whole, and no leftovers."""
     steps = {f"step_{step:06d}": tensors(out / f"step_{step:06d}") for step in saved(out)}
     return {"checkpoints": steps, "metrics": rows(out / "metrics.jsonl"), "samples": rows(out / "samples.jsonl"),
+            "figures": [name for name, end in FIGURES.items() if (out / name).exists() and (out / name).read_bytes().endswith(end)],
             "names": sorted(p.name for p in out.iterdir() if not p.name.endswith(".bak"))}
 
 
@@ -159,17 +182,32 @@ def where(out) -> str:
         if any(name.startswith(start) for name in left): return place
     logs = [out / n for n in ("metrics.jsonl", "samples.jsonl")]
     if any(p.exists() and p.read_bytes()[-1:] not in (b"", b"\n") for p in logs): return "in a row of a log"
+    if out.is_dir() and LAST in saved(out): return "at the end"
     return "between saves" if any(name.startswith("step_") for name in left) else "before the first save"
 
 
-def wait(life, out, until, aim):
-    """Sleep, up to the moment of the kill; the exit code if the life ended before. aim: that many seconds after its next save begins."""
-    if aim is None: return ended(life, until)
-    mine, stop = f"-{life.pid}", time.monotonic() + 20 * until
-    while time.monotonic() < stop:
-        if out.is_dir() and any(n.startswith(".tmp-step") and n.endswith(mine) for n in os.listdir(out)): return ended(life, aim)
+def in_a_save(life, out) -> bool:
+    """Whether a life is writing a checkpoint."""
+    return out.is_dir() and any(n.startswith(".tmp-step") and n.endswith(f"-{life.pid}") for n in os.listdir(out))
+
+
+def over(life, out) -> bool:
+    """Whether the last checkpoint stands: what is left is the figure and the last line."""
+    return (out / f"step_{LAST:06d}").exists()
+
+
+def wait(life, out, until, sign=None):
+    """Sleep, up to the moment of the kill; the exit code if the life ended before. sign: the seconds count from there."""
+    stop = time.monotonic() + 20 * until + 10
+    while sign and not sign(life, out) and time.monotonic() < stop:
         if (code := ended(life, 0.001)) is not None: return code
-    return None
+    return ended(life, until)
+
+
+def last_line(log) -> str:
+    """The accuracy that a life printed last, without the seconds it took."""
+    line = log.read_text().splitlines()[-1]
+    return line.partition(" held-out problems in ")[0] if line.startswith("accuracy ") else f"no accuracy: {line}"
 
 
 def kill_many(folder, kills, seed=0, exec=False, say=print) -> tuple[Counter, int]:
@@ -182,22 +220,27 @@ def kill_many(folder, kills, seed=0, exec=False, say=print) -> tuple[Counter, in
         if code := ended(life, 120):
             raise RuntimeError(f"{out}: exit code {code}: {log.read_text().splitlines()[-1:]}; the whole output is in {log}")
 
-    def launch(out): return server.start(command(source, out), log)
+    def launch(out): return server.start(command(source, out), log, draws=True)
 
     finish(launch(folder / "warm"), folder / "warm")        # the first life of a server is slower
-    began = time.monotonic()
-    finish(launch(folder / "whole"), folder / "whole")
-    length, reference = time.monotonic() - began, result(folder / "whole")
+    began, life = time.monotonic(), launch(folder / "whole")
+    while not over(life, folder / "whole") and ended(life, 0.005) is None: pass
+    trained = time.monotonic() - began
+    finish(life, folder / "whole")
+    end = time.monotonic() - began - trained
+    reference, line = result(folder / "whole"), last_line(log)
 
     def compare(out):
         if diff := difference(reference, result(out)): raise RuntimeError(f"{out} differs from the uninterrupted run: {diff}")
+        if last_line(log) != line: raise RuntimeError(f"{out} ends with {last_line(log)!r}, the uninterrupted run with {line!r}")
         shutil.rmtree(out)
 
-    say(f"an uninterrupted run takes {length:.2f} s")
+    say(f"an uninterrupted run trains for {trained:.2f} s and draws for {end:.2f} s")
+    moments = itertools.cycle(((0.8 * trained, None), (0.03, in_a_save), (0.8 * trained, None), (end + 0.2 * trained, over)))
     out = folder / "run 1"
     while hit.total() < kills:
-        life = launch(out)
-        code = wait(life, out, rng.uniform(0, 0.6 * length), rng.uniform(0, 0.03) if rng.random() < 1 / 3 else None)
+        life, (longest, sign) = launch(out), next(moments)
+        code = wait(life, out, rng.uniform(0, longest), sign)
         if code is None:
             life.kill()
             code = ended(life, 30)

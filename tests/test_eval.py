@@ -538,7 +538,8 @@ def test_an_ascii_terminal_shows_escapes(folder, whole, tmp_path, monkeypatch):
         ({"samples": "-3"}, 2, "--samples"),
         ({"max-prompt-tokens": "1"}, 3, "longer than 1"),
         ({"max-new-tokens": "250"}, 2, "lower --max-new-tokens, to at most 246"),
-        ({"max-new-tokens": "9" * 30}, 2, "the 256 tokens this model was made for"),
+        ({"max-new-tokens": "9" * 30}, 2, "is not a whole number from 1"),
+        ({"max-new-tokens": "99999999"}, 2, "the 256 tokens this model was made for"),
         ({"format": "chatml"}, 2, "prompt format"),
     ],
 )

@@ -11,7 +11,7 @@ F6   below
 F7   test_parallel.py::test_F07_a_signal_to_one_rank_stops_all_at_the_same_step
 F8   test_parallel.py::test_a_lost_rank_ends_the_other_and_leaves_nothing_half_written
 F9   test_checkpoint.py::test_writing_stops_at_any_byte, test_disk_full_is_one_line_and_nothing_lost; below: the run, and how it goes on
-F10  below
+F10  below: a disk that is full for a step, and to the end; test_train.py::test_a_finished_run_ends_well_whatever_its_rows_are
 F11  below; test_checkpoint.py::test_wrong_arguments_are_one_line
 F12  test_model.py::test_files_that_are_not_what_their_names_say, test_checkpoint.py::test_damage_falls_back...
 F13  test_model.py::test_shards_missing_twice_or_outside_the_folder
@@ -21,7 +21,7 @@ F15  test_model.py::test_a_tied_checkpoint_may_repeat_the_embedding_but_not_cont
 F16  test_model.py::test_weights_that_are_not_numbers
 F17  test_checkpoint.py::test_a_second_process_is_told_who_holds_the_run, test_a_file_system_without_locks_is_a_warning; below: the command
 F18  test_train.py::test_changed_settings_are_refused_on_resume; below: more steps, --override
-F19  below
+F19  below: logs without checkpoints, checkpoints without logs
 F20  test_train.py::test_a_gradient_that_is_not_finite_makes_no_update_and_leaves_its_batch
 F21  test_train.py::test_three_in_a_row_end_the_run, test_checkpoint.py::test_not_a_number_is_never_written
 F22  test_train.py::test_equal_rewards_make_no_update; below: moments too
@@ -39,7 +39,7 @@ F32  test_model.py::test_settings_that_would_change_the_maths_are_refused; fuzz.
 F33  test_tokenizer.py::test_what_is_not_supported_is_one_clear_line, test_files_that_are_none; fuzz.py "tokenizer"; below: templates
 F34  test_tokenizer.py::test_a_million_characters, test_verify.py::test_hostile_inputs_end_quickly
 F35  test_data.py::test_json_in_its_shapes (CRLF, byte order marks); below: clocks, names, empty files
-F36  there is no optional logger
+F36  there is no optional logger; below: nobody who reads what is printed
 """
 import builtins
 import errno
@@ -66,6 +66,7 @@ from safetensors.torch import save_file
 import checkpoint
 import eval as evaluation
 import model as model_file
+import rows as rows_file
 import train
 from cli import guarded
 
@@ -83,10 +84,10 @@ def server(): return kill_many.Server(preload=["test_faults"])     # here are th
 @pytest.fixture(scope="module")
 def live(server, folder):
     """live(out, prepare, ...) runs a life of the command, to its end or to its death: its exit code, and what it printed."""
-    def live(out, prepare=None, argv=None, **change):
+    def live(out, prepare=None, argv=None, draws=False, **change):
         log = out.parent / f"{out.name}.log"
         start = log.stat().st_size if log.exists() else 0
-        life = server.start(argv or command(folder, out, **change), log, prepare)
+        life = server.start(argv or command(folder, out, **change), log, prepare, draws)
         code = ended(life, 60)
         if code is None: life.kill()
         with open(log, encoding="utf-8") as f:
@@ -218,6 +219,19 @@ def test_F01_killed_while_the_settings_are_written(live, whole, tmp_path):
     assert code == 0 and difference(result(whole), result(out)) == "", said
 
 
+def test_F01_killed_while_the_figure_is_drawn(live, whole, tmp_path):
+    """Before each of its two files; then, and when all is done, the same command draws them and says how it went."""
+    out = tmp_path / "run"
+    for die, left in ((BeforeOpening("training.png"), []), (BeforeOpening("training.svg"), ["training.png"])):
+        code, said = live(out, die, draws=True)
+        assert code == KILLED and steps(out) == [8, 10] and result(out)["figures"] == left, said
+    for _ in range(2):
+        code, said = live(out, draws=True)
+        assert code == 0 and said.splitlines()[-1].startswith("accuracy ") and len(result(out)["figures"]) == 2
+    for name in result(out)["figures"]: (out / name).unlink()
+    assert difference(result(whole), result(out)) == ""
+
+
 def test_F01_real_processes_killed_in_rollout_update_save_and_retention(folder, whole, tmp_path):
     """Five interpreters, one run folder; the fifth may finish. What forks do not show: a start from nothing, imports, exit codes."""
     out, log = tmp_path / "run", tmp_path / "log"
@@ -326,43 +340,175 @@ def test_F09_a_full_disk_stops_a_save_and_the_run_goes_on_later(live, whole, tmp
     out = tmp_path / "run"
     code, said = live(out, DiskFull((whole / "samples.jsonl").stat().st_size))     # of all files only the moments are larger
     last = said.splitlines()[-1]
-    assert code == 2 and "step_000006: not saved" in last and "bytes" in last and "Traceback" not in said
+    assert code == 8 and "step_000006: not saved" in last and "bytes" in last and "Traceback" not in said
     assert steps(out) == [2, 4] and not [p for p in out.iterdir() if p.name.startswith(".")]
     assert live(out)[0] == 0 and difference(result(whole), result(out)) == ""
 
 
-class NoRoomForMetrics:
-    """The fourth row of metrics.jsonl does not fit on the disk, the others do."""
+class FullInStep3:
+    """While step 3 runs no file grows by more than 20 bytes beyond what metrics.jsonl has: the kernel itself writes a part
+    of its row and says how much that was; of samples.jsonl, which is longer, it writes nothing. Nothing is saved then."""
+    def __init__(self, out): self.out = out
+
+    def __call__(self):
+        step_once = train.step_once
+
+        def step(run, optimizer, step):
+            row = step_once(run, optimizer, step)
+            size = (self.out / "metrics.jsonl").stat().st_size + 20 if step == 3 else resource.RLIM_INFINITY
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+            return row
+        train.step_once = step
+
+
+def test_F10_a_disk_that_is_full_for_a_step_costs_no_row(live, whole, tmp_path):
+    out = tmp_path / "run"
+    code, said = live(out, FullInStep3(out))
+    assert code == 0 and said.count("cannot be written (File too large)") == 2 and "lost" not in said, said
+    assert said.splitlines()[-1].startswith("accuracy ") and difference(result(whole), result(out)) == ""
+
+
+def test_F10_nor_the_watch_of_layers(live, tmp_path):
+    out = tmp_path / "run"
+    code, said = live(out, FullInStep3(out), watch_layers=1)
+    assert code == 0 and all("watch/perplexity" in r for r in rows(out / "metrics.jsonl")[1:]), said
+
+
+class NoRoom:
+    """From its fourth row on metrics.jsonl finds no room: of that row a kernel takes 20 bytes, and then refuses."""
     def __call__(self):
         class Full:
-            def __init__(self, f): self.f, self.name, self.calls = f, f.name, 0
-            def __enter__(self): return self
-            def __exit__(self, *_): self.f.close()
+            def __init__(self, f): self.f, self.left = f, 20
+
+            def __getattr__(self, name): return getattr(self.f, name)
 
             def write(self, data):
-                self.calls += 1
-                if self.calls != 4: return self.f.write(data)
-                self.f.write(data[:20])
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                if b'"step": 3' not in data and self.left == 20: return self.f.write(data)
+                if not self.left: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                done, self.left = self.f.write(data[:self.left]), 0
+                return done
 
         def opened(path, *a, real=builtins.open, **k):
             f = real(path, *a, **k)
-            return Full(f) if str(path).endswith("metrics.jsonl") and a[:1] == ("ab",) else f
+            return Full(f) if str(path).endswith("metrics.jsonl") and a[:1] == ("a+b",) else f
         builtins.open = opened
 
 
-def test_F10_a_row_that_cannot_be_written_does_not_end_the_run(live, tmp_path):
-    code, said = live(tmp_path / "run", NoRoomForMetrics())
-    assert code == 0 and "No space left" in said and steps(tmp_path / "run") == [8, 10]
-
-
-def test_F10_a_torn_row_of_a_full_disk_is_repaired(live, whole, tmp_path):
+def test_F10_a_disk_that_stays_full_costs_rows_and_not_the_run(live, whole, tmp_path):
+    """The figure shows what is there, the last line what was seen; the command again mends the torn row."""
     out = tmp_path / "run"
-    code, said = live(out, NoRoomForMetrics())
-    assert code in (0, 2) and "Traceback" not in said and "No space left" in said
-    assert live(out)[0] == 0
-    assert difference(result(whole)["checkpoints"], result(out)["checkpoints"]) == ""
-    if code: assert difference(result(whole), result(out)) == ""
+    code, said = live(out, NoRoom(), draws=True)
+    assert code == 0 and said.count("No space left") == 1 and "its last 8 rows are lost" in said
+    assert said.splitlines()[-1].startswith("accuracy ") and (out / "training.png").stat().st_size > 5000
+    assert [r and r["step"] for r in rows_file.each_row(out / "metrics.jsonl")] == [0, 1, 2, None]
+    code, said = live(out)
+    assert code == 0 and "1 lines after step 10 moved" in said and "Traceback" not in said
+    assert [r["step"] for r in rows(out / "metrics.jsonl")] == [0, 1, 2]
+    assert result(whole)["checkpoints"] == result(out)["checkpoints"] and result(whole)["samples"] == result(out)["samples"]
+
+
+class FullForTheFigure:
+    """No file grows beyond 10,000 bytes once the run is saved: its figure does not fit."""
+    def __call__(self):
+        import plot
+        training = plot.training
+
+        def drawn(*paths):
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+            return training(*paths)
+        plot.training = drawn
+
+
+def test_F10_a_figure_that_does_not_fit_on_the_disk_is_a_line(live, whole, tmp_path):
+    out = tmp_path / "run"
+    code, said = live(out, FullForTheFigure(), draws=True)
+    assert code == 0 and "training.png: not drawn (OSError: " in said and said.splitlines()[-1].startswith("accuracy "), said
+    assert result(whole)["checkpoints"] == result(out)["checkpoints"]
+
+
+class FullInWarmUp:
+    """A warm-up of one step, and a disk on which its model finds no room."""
+    def __call__(self):
+        import tiny
+        tiny.warm_up.__defaults__ = 1, 4, 3e-3
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+
+def test_F09_a_full_disk_in_the_warm_up_is_one_line(live, tmp_path):
+    code, said = live(tmp_path / "run", FullInWarmUp(), argv=["--out", str(tmp_path / "run"), "--steps", "1"])
+    assert code == 8 and "os error 27" in said.splitlines()[-1] and "Traceback" not in said
+    assert not (tmp_path / "run/warm-up/warm_up.json").exists()      # the next start does it again
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# nobody reads what is printed, or the terminal is gone
+
+class Lost:
+    """How stdout and stderr are lost: no reader, a full disk behind them, closed from the start, a terminal that has gone, or few
+    letters."""
+    def __init__(self, how): self.how = how
+
+    def __call__(self):
+        if self.how == "ascii":
+            sys.stdout.reconfigure(encoding="ascii", errors="strict")
+            return
+        if self.how == "closed":
+            os.close(1)
+            os.close(2)
+            sys.stdout = sys.stderr = None
+            return
+        reader, writer = os.openpty() if self.how == "terminal" else os.pipe()
+        if self.how == "full": writer = os.open("/dev/full", os.O_WRONLY)
+        os.close(reader)
+        for fd in (1, 2): os.dup2(writer, fd)
+        sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
+
+
+@pytest.mark.parametrize("how", ["pipe", "full", "closed", "terminal"])
+def test_F36_losing_the_reader_costs_output_and_not_the_run(live, whole, tmp_path, how):
+    code, said = live(tmp_path / "run", Lost(how))
+    assert code == 0 and difference(result(whole), result(tmp_path / "run")) == "", said
+
+
+def test_F36_a_terminal_of_few_letters(live, tmp_path):
+    code, said = live(tmp_path / "run", Lost("ascii"), system="é日本", max_prompt_tokens=40, steps=2)
+    assert code == 0 and r"\xe9\u65e5\u672c" in said and steps(tmp_path / "run") == [2]
+
+
+class Signalled:
+    """Signals in the n-th backward, one after the other; `ignored` are so from the start."""
+    def __init__(self, n, *numbers, ignored=()): self.n, self.numbers, self.ignored = n, numbers, ignored
+
+    def __call__(self):
+        for number in self.ignored: signal.signal(number, signal.SIG_IGN)
+        backward = torch.Tensor.backward
+
+        def signalled(*a, **k):
+            self.n -= 1
+            for number in self.numbers if self.n == 0 else ():
+                signal.raise_signal(number)
+                time.sleep(0.01)
+            return backward(*a, **k)
+        torch.Tensor.backward = signalled
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGHUP, signal.SIGHUP), (signal.SIGUSR1, signal.SIGUSR1, signal.SIGHUP),
+                                     (signal.SIGUSR1, signal.SIGTERM)])
+def test_F05_warnings_come_as_often_as_they_like(live, whole, tmp_path, numbers):
+    """A closed terminal, a scheduler that ends the job soon: step 4 is finished and saved, what follows the first is no second signal."""
+    out = tmp_path / "run"
+    code, said = live(out, Signalled(7, *numbers), save_every=5)
+    assert code == 75 and "stopped after step 4, which is saved" in said and steps(out) == [4], said
+    assert live(out)[0] == 0 and difference(result(whole), result(out)) == ""
+
+
+def test_F05_a_signal_that_nohup_ignores_stays_ignored(live, whole, tmp_path):
+    out = tmp_path / "run"
+    code, said = live(out, Signalled(7, signal.SIGHUP, ignored=[signal.SIGHUP]))
+    assert code == 0 and difference(result(whole), result(out)) == "", said
 
 
 @pytest.fixture
@@ -424,6 +570,69 @@ def test_F19_a_run_without_its_checkpoints_does_not_start_anew_in_silence(live, 
     assert code == 0 and "10 lines after step 0 moved to metrics.jsonl.bak" in said
     assert rows(out / "metrics.jsonl.bak") == rows(whole / "metrics.jsonl")[1:]      # step 0 is the accuracy before any step: it stands
     assert difference(result(whole), result(out)) == ""
+
+
+def test_F19_without_checkpoints_the_row_of_another_model_does_not_stand(live, whole, tmp_path):
+    out = Path(shutil.copytree(whole, tmp_path / "run"))
+    for step in out.glob("step_*"): shutil.rmtree(step)
+    code, said = live(out, seed=3, steps=2)
+    assert code == 0 and "11 lines after step -1 moved to metrics.jsonl.bak" in said and "before training" in said
+    assert [r["step"] for r in rows(out / "metrics.jsonl")] == [0, 1, 2]
+
+
+LOG_FILES = {"metrics": ["metrics.jsonl"], "samples": ["samples.jsonl"], "both": ["metrics.jsonl", "samples.jsonl"]}
+
+
+@pytest.fixture(scope="module")
+def half(live, tmp_path_factory):
+    """The run after its first four steps."""
+    out = tmp_path_factory.mktemp("half") / "run"
+    assert live(out, steps=4)[0] == 0
+    return out
+
+
+@pytest.mark.parametrize("lost", LOG_FILES)
+def test_F19_checkpoints_without_logs_go_on_and_say_where_from(live, whole, half, tmp_path, lost):
+    """A run is what its checkpoints say. The accuracy that is measured first carries the step it was measured at."""
+    out = Path(shutil.copytree(half, tmp_path / "run"))
+    for name in LOG_FILES[lost]: (out / name).unlink()
+    code, said = live(out, watch_layers=3)
+    assert code == 0 and f"resuming {out} after step 4" in said and "before training" not in said, said
+    assert result(out)["checkpoints"] == result(whole)["checkpoints"]
+    seen, last = rows(out / "metrics.jsonl"), said.splitlines()[-1]
+    if "metrics.jsonl" in LOG_FILES[lost]:
+        assert [r["step"] for r in seen] == [4, 5, 6, 7, 8, 9, 10] and seen[0].keys() == {"step", "eval/accuracy", "eval/questions"}
+        assert "held-out accuracy after step 4" in said and " (step 4) -> " in last
+    else:
+        assert [r["step"] for r in seen] == [*range(11)] and "(step" not in last
+    assert ("no responses of step 1" in said) == ("samples.jsonl" in LOG_FILES[lost])
+    whole_rows = [{k: v for k, v in r.items() if not k.startswith("watch/")} for r in seen[-6:]]
+    assert whole_rows == rows(whole / "metrics.jsonl")[-6:]
+
+
+@pytest.mark.parametrize("lost", LOG_FILES)
+def test_F18_checkpoints_without_logs_are_a_run_all_the_same(live, folder, half, tmp_path, lost):
+    """Other settings are refused, --fresh alone too; with --overwrite nothing of it is left in the new run."""
+    out = Path(shutil.copytree(half, tmp_path / "run"))
+    for name in LOG_FILES[lost]: (out / name).unlink()
+    argv = command(folder, out, steps=4, lr=5e-4)
+    code, said = live(out, argv=argv)
+    assert code == 2 and "lr: 0.001 -> 0.0005" in said.splitlines()[-1]
+    code, said = live(out, argv=[*argv, "--fresh"])
+    assert code == 2 and "add --overwrite" in said.splitlines()[-1] and steps(out) == [2, 4]
+    code, said = live(out, argv=[*argv, "--fresh", "--overwrite"])
+    assert code == 0 and "resuming" not in said and "before training" in said
+    assert live(tmp_path / "other", argv=command(folder, tmp_path / "other", steps=4, lr=5e-4))[0] == 0
+    assert difference(result(tmp_path / "other"), result(out)) == ""
+
+
+def test_F18_checkpoints_without_their_settings_are_not_resumed_blindly(live, folder, whole, half, tmp_path):
+    out = Path(shutil.copytree(half, tmp_path / "run"))
+    (out / "config.json").unlink()
+    code, said = live(out)
+    assert code == 2 and "holds checkpoints and no config.json" in said.splitlines()[-1] and steps(out) == [2, 4]
+    assert live(out, argv=[*command(folder, out), "--override"])[0] == 0
+    assert result(out)["checkpoints"] == result(whole)["checkpoints"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -542,6 +751,18 @@ def test_F12_F13_F14_a_model_whose_weights_are_damaged_is_exit_4(folder, tmp_pat
     damage(path)
     code, said = mistake(command(path.parent, tmp_path / "run"), capsys)
     assert code == 4 and says in said and str(path.parent) in said
+
+
+@pytest.mark.parametrize("name", ["run/metrics.jsonl", "run/samples.jsonl", "run/config.json", "run/LOCK", "model/config.json",
+                                  "model/model.safetensors", "model/model.safetensors.index.json"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_F11_a_pipe_or_folder_where_a_file_should_be(live, folder, tmp_path, name, make):
+    """A pipe that nobody writes to would be waited for, for ever."""
+    for source in (shutil.copytree(folder, tmp_path / "model"), tmp_path / "run"): source.mkdir(exist_ok=True)
+    (tmp_path / name).unlink(missing_ok=True)
+    make(tmp_path / name)
+    code, said = live(tmp_path / "run", argv=command(tmp_path / "model", tmp_path / "run"))
+    assert code in (2, 4) and name.split("/")[0] in said and len(said.splitlines()) == 1, said
 
 
 def test_F32_F33_no_code_of_a_folder_is_run(folder, tmp_path):

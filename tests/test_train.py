@@ -86,11 +86,15 @@ def test_a_run_writes_what_it_says(finished, folder):
     assert [x["step"] for x in r] == [0, 1, 2, 3, 4] and "eval/accuracy" in r[0] and "eval/accuracy" in r[4]
     assert [x["inter/layer"] for x in r[1:]] == [1, 1, 3, 3] and [x["phase"] for x in r[1:]] == ["internal"] * 2 + ["whole"] * 2
     for x in r[1:]:
-        assert x["updates"] in (1, 2) and x["grad_norm"] > 0 and x["num_tokens"] > 0 and 0 < x["entropy"] < torch.tensor(257.0).log()
+        assert x["updates"] in (1, 2) and x["grad_norm"] > 0 and x["response_tokens"] > 0 and 0 < x["entropy"] < torch.tensor(257.0).log()
         assert x["sampler_diff/max"] < 1e-5 and x["sampler_diff/far"] == 0
         assert abs(x["loss"]) < 0.5 and x["verdict/equal"] == 16
     samples = rows(finished, "samples.jsonl")
     assert len(samples) == 64 and {s["step"] for s in samples} == {1, 2, 3, 4}
+    for x in r[1:]:      # as TRL counts: all that was sampled so far, each response with its prompt
+        lengths = [(s["step"], len(s["ids"]), len(s["prompt_ids"])) for s in samples]
+        assert x["response_tokens"] == sum(ids for step, ids, _ in lengths if step == x["step"])
+        assert x["num_tokens"] == sum(ids + prompt for step, ids, prompt in lengths if step <= x["step"])
     config = json.loads((finished / "config.json").read_text())
     assert config["bupo_layer"] == "1" and config["lr"] == 1e-3 and config["torch"] == torch.__version__
     assert len(config["data_sha256"]) == 64
@@ -198,7 +202,7 @@ def test_kl_variant_runs_and_is_zero_at_the_start(folder, tmp_path):
     assert first.get("kl", 0) < 1e-9 < second["kl"]
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 75), (signal.SIGUSR1, 75)])
 @pytest.mark.parametrize("where, step", [("sampling", 2), ("update", 3), ("saving", 3), ("evaluation", 3)])
 def test_a_signal_saves_the_last_whole_step(finished, folder, tmp_path, monkeypatch, capsys, number, code, where, step):
     """The third step gets a signal: sampling is left at once, update, save and evaluation end with the step; then the run goes on as if
@@ -223,7 +227,7 @@ def test_a_signal_saves_the_last_whole_step(finished, folder, tmp_path, monkeypa
     assert [{k: v for k, v in r.items() if k not in drop} for r in rows(tmp_path / "r")] == \
            [{k: v for k, v in r.items() if k not in drop} for r in rows(finished)]
     assert same(weights(tmp_path / "r" / "step_000004"), weights(finished / "step_000004"))
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
 
 
 def test_a_signal_in_the_first_evaluation(folder, tmp_path, monkeypatch, capsys):
@@ -249,6 +253,96 @@ def test_split_optimizers_train_and_resume(folder, tmp_path, optimizer):
     assert json.loads((tmp_path / "whole" / "step_000003" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+def test_deviations_of_rewards_by_hand():
+    """reward_std is TRL's, of the whole batch; reward_group_std the mean of those within groups."""
+    groups = [[answered(r, 3) for r in row] for row in ([1, 1, 1, 1], [1, 0, 0, 0])]
+    drawn = torch.tensor([[1.0, 1, 1, 1], [1, 0, 0, 0]])
+    row = train.describe(groups, drawn, {}, [], 3, 3)
+    assert row["reward_std"] == pytest.approx((8 * 0.625 * 0.375 / 7) ** 0.5)      # five ones of eight
+    assert row["reward_group_std"] == pytest.approx((0 + 0.5) / 2)                 # one of four: sqrt(4 * 1/4 * 3/4 / 3)
+    assert row["response_tokens"] == 24 and "num_tokens" not in row
+
+
+# What a flag is set to, where it must arrive and as which argument. Values that no default and no other flag has
+ARRIVES = [
+    ("model", None, "load", "name_or_folder"), ("dtype", torch.bfloat16, "load", "dtype"),
+    ("prompts", 5, "batch", "batch_size"), ("seed", 4, "batch", "seed"),
+    ("max-prompt-tokens", 41, "encode_prompts", "max_prompt_tokens"), ("system", "s", "encode_prompts", "system"),
+    ("thinking", True, "encode_prompts", "thinking"), ("format", "base", "tokenizer", "format"),
+    ("slots", 13, "Sampler", "slots"), ("group", 3, "answer", "n"), ("max-new-tokens", 9, "answer", "max_new_tokens"),
+    ("temperature", 0.9, "answer", "temperature"), ("verifier", "hendrycks", "answer", "verifier"),
+    ("overlong-buffer", 6, "overlong_penalty", "buffer"), ("max-new-tokens", 9, "overlong_penalty", "limit"),
+    ("advantage", "rloo", "group_advantages", "kind"),
+    ("clip-low", 0.11, "backward", "clip_low"), ("clip-high", 0.23, "backward", "clip_high"),
+    ("dual-clip", 7.0, "backward", "dual_clip"), ("loss", "seq-mean", "backward", "loss"), ("kl", 0.05, "backward", "kl"),
+    ("tis", 1.7, "backward", "tis"), ("max-new-tokens", 9, "backward", "limit"), ("micro-tokens", 333, "backward", "max_tokens"),
+    ("internal-norm", "final", "backward", "norm"), ("temperature", 0.9, "backward", "temperature"),
+    ("logit-chunk", 17, "backward", "chunk"), ("temperature", 0.9, "stored_logprobs", "temperature"),
+    ("internal-norm", "final", "stored_logprobs", "norm"), ("temperature", 0.9, "policy_logprobs", "temperature"),
+    ("grad-clip", 0.7, "clip_gradients", "limit"), ("lr", 2e-3, "SplitAdamW", "lr"),
+    ("weight-decay", 0.03, "SplitAdamW", "weight_decay"), ("optimizer", torch.float32, "SplitAdamW", "moment_dtype"),
+    ("keep", 3, "save", "keep"),
+]
+TYPED = {"dtype": "bfloat16", "optimizer": "split-m32"}      # where the argument is not what is typed
+
+
+@pytest.fixture(scope="module")
+def arrived(folder, tmp_path_factory):
+    """The arguments of what train.py calls, by callee and name, each as the list of values of a run of two steps; and its rows."""
+    import inspect
+    calls, out = {}, tmp_path_factory.mktemp("runs") / "flags"
+
+    def spy(m, owner, name, kept=None):
+        real, seen = getattr(owner, name), calls.setdefault(kept or name, [])
+        signature = inspect.signature(real)
+
+        def called(*a, **k):
+            bound = signature.bind(*a, **k)
+            bound.apply_defaults()
+            seen.append(bound.arguments | bound.arguments.get("policy", {}))
+            return real(*a, **k)
+        m.setattr(owner, name, called)
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(evaluation, "judge", coin)
+        for name in ("load", "batch", "encode_prompts", "Sampler", "answer", "overlong_penalty", "group_advantages", "backward",
+                     "stored_logprobs", "policy_logprobs", "clip_gradients", "SplitAdamW"):
+            spy(m, train, name)
+        spy(m, train.tokenizers, "load", "tokenizer")
+        spy(m, train.checkpoint, "save")
+        counted = train.reward
+        m.setattr(train, "reward", lambda a, args: 0 * counted(a, args) + float(a.verdict.correct))
+        change = {flag: TYPED.get(flag, value) for flag, value, *_ in ARRIVES if flag not in ("model", "thinking")}
+        train.main(flags(folder, out, "--thinking", steps=2, **change,
+                         **{"eval-data": "", "mini-prompts": 2, "bupo-layer": 2, "bupo-steps": 1, "refills": 1, "overlong": "soft"}))
+    return calls, rows(out)
+
+
+@pytest.mark.parametrize("flag, value, callee, argument", ARRIVES, ids=lambda x: x if isinstance(x, str) else "")
+def test_every_flag_of_the_method_arrives(arrived, folder, flag, value, callee, argument):
+    seen = [call[argument] for call in arrived[0][callee]]
+    if callee == "batch" and argument == "batch_size":
+        seen = seen[:1]      # refills ask for fewer
+    if callee == "batch" and argument == "seed":
+        seen = [call["seed"] for call in arrived[0]["batch"] if call["batch_size"] == 5]      # and in another order
+    wanted = folder if flag == "model" else value
+    assert seen and all(x == wanted for x in seen), f"--{flag} arrives as {seen[:5]}"
+
+
+def test_flags_that_are_counts_of_calls_arrive(arrived):
+    calls, metrics = arrived
+    assert [x["inter/layer"] for x in metrics] == [2, 3] and {call["layer"] for call in calls["backward"]} == {2, 3}
+    assert max(len(call["responses"]) for call in calls["backward"]) == 2 * 3              # --mini-prompts x --group
+    steps = [call["step"] for call in calls["batch"]]
+    assert max(steps.count(1), steps.count(2)) == 1 + 1                                     # --refills
+
+
+def test_every_setting_that_changes_the_numbers_is_in_the_table():
+    """A new one belongs there, or among those that the test of counts holds."""
+    table = {flag.replace("-", "_") for flag, *_ in ARRIVES}
+    assert set(train.MATHS) - table == {"model_commit", "data_sha256", "bupo_layer", "bupo_steps", "mini_prompts", "refills", "overlong"}
+
+
 def test_gradients_are_clipped_to_a_joint_norm():
     model = torch.nn.Linear(2, 1).bfloat16()
     model.weight.grad, model.bias.grad = torch.tensor([[3.0, 0.0]]).bfloat16(), torch.tensor([4.0]).bfloat16()
@@ -262,6 +356,76 @@ def test_watching_layers_on_fixed_responses(folder, tmp_path):
     watched = [r for r in rows(tmp_path / "r") if "watch/layer_cos" in r]
     assert [r["step"] for r in watched] == [1, 2, 4] and all(-1 <= r["watch/layer_cos"] <= 1 and r["watch/perplexity"] > 1 for r in watched)
     assert len({r["watch/perplexity"] for r in watched}) == 3                 # the same tokens, other weights
+
+
+@pytest.mark.parametrize("change", [
+    lambda lines: [], lambda lines: lines[16:], lambda lines: ["{torn", *lines[16:]],
+    lambda lines: [json.dumps({**json.loads(line), "ids": [1, 10**6]}) for line in lines],
+    lambda lines: [json.dumps({**json.loads(line), "prompt_ids": "abc"}) for line in lines],
+    lambda lines: [json.dumps({**json.loads(line), "step": "1"}) for line in lines]])
+def test_layers_that_cannot_be_watched_are_one_line(finished, folder, tmp_path, capsys, change):
+    """samples.jsonl without the responses of step 1, or with what is none: training goes on, and does not change."""
+    out = tmp_path / "r"
+    train.main(flags(folder, out, steps=2))
+    path = out / "samples.jsonl"
+    path.write_text("".join(f"{line}\n" for line in change(path.read_text().splitlines())))
+    train.main(flags(folder, out, **{"watch-layers": 1}))
+    said = capsys.readouterr().err
+    assert said.count("--watch-layers: ") == 1 and "no responses of step 1" in said
+    assert [r for r in rows(out) if r["step"] > 2] == rows(finished)[3:]
+
+
+def test_a_lost_samples_file_costs_the_watch_and_no_more(folder, tmp_path, capsys):
+    out = tmp_path / "r"
+    train.main(flags(folder, out, steps=2, **{"watch-layers": 1}))
+    (out / "samples.jsonl").unlink()
+    train.main(flags(folder, out, **{"watch-layers": 1}))
+    assert capsys.readouterr().err.count("--watch-layers: ") == 1
+    assert ["watch/perplexity" in r for r in rows(out)] == [False, True, True, False, False]
+
+
+def test_a_torn_sample_does_not_end_the_watch(folder, tmp_path):
+    out = tmp_path / "r"
+    train.main(flags(folder, out, steps=1, **{"watch-layers": 1}))
+    with open(out / "samples.jsonl", "a") as f: f.write('{"step": 1, "respon')
+    train.main(flags(folder, out, steps=2, **{"watch-layers": 1}))
+    assert "watch/perplexity" in rows(out)[2]
+
+
+def edited(line, **change): return json.dumps({**json.loads(line), **change})
+
+
+@pytest.mark.parametrize("change", [
+    lambda lines: [lines[0], '{"step": 1, "rewa' + lines[1], *lines[2:]],
+    lambda lines: [edited(lines[0], **{"eval/accuracy": "high"}), *lines[1:]],
+    lambda lines: [edited(lines[0], **{"time/eval": None, "eval/questions": [1]}), *lines[1:]],
+    lambda lines: [*lines[:4], edited(lines[4], **{"eval/accuracy": 10**400, "reward": {}, "inter/layer": "x"})],
+    lambda lines: ["[1, 2]", "\0\0\0", *lines[1:]], lambda lines: [edited(line, reward=None) for line in lines],
+    lambda lines: []])
+def test_a_finished_run_ends_well_whatever_its_rows_are(finished, folder, tmp_path, capsys, change):
+    out = Path(shutil.copytree(finished, tmp_path / "r"))
+    lines = change((out / "metrics.jsonl").read_text().splitlines())
+    (out / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    guarded(train.main, flags(folder, out))
+    said = capsys.readouterr()
+    assert "written: " in said.out and "Traceback" not in said.err
+    assert same(weights(out / "step_000004"), weights(finished / "step_000004"))
+
+
+def test_a_figure_that_cannot_be_drawn_is_a_line(folder, tmp_path, capsys, monkeypatch):
+    def training(*a): raise ImportError("no matplotlib")
+    monkeypatch.setattr(train.plot, "training", training)
+    guarded(train.main, flags(folder, tmp_path / "r", steps=1))
+    said = capsys.readouterr()
+    assert "training.png: not drawn (ImportError: no matplotlib)" in said.err and said.out.splitlines()[-1].startswith("accuracy ")
+
+
+def test_texts_of_the_model_cannot_steer_the_terminal(folder, tmp_path, capsys, monkeypatch):
+    """What is logged is the text, what is printed shows its escapes."""
+    monkeypatch.setattr(train.Tokenizer, "decode", lambda self, ids: "\x1b]0;owned\x07\u202e!", raising=False)
+    train.main(flags(folder, tmp_path / "r", steps=1))
+    assert r"\x1b]0;owned\x07\u202e!" in capsys.readouterr().out.splitlines()
+    assert rows(tmp_path / "r", "samples.jsonl")[0]["response"] == "\x1b]0;owned\x07\u202e!"
 
 
 def poison(monkeypatch, calls):
@@ -353,7 +517,7 @@ def test_what_a_step_measures(finished, folder):
         r = json.loads(line)
         parts = ("rollout", "grade", "logprobs", "backward", "optimizer", "other")
         assert all(r[f"time/{part}"] >= 0 for part in parts) and r["time/rollout"] > 0 and r["time/backward"] > 0
-        assert r["perf/rollout_tok_s"] == pytest.approx(r["num_tokens"] / (r["time/rollout"] + r["time/grade"]))
+        assert r["perf/rollout_tok_s"] == pytest.approx(r["response_tokens"] / (r["time/rollout"] + r["time/grade"]))
         assert r["perf/train_tflop_s"] > 0
         assert 0.05 < r["perf/peak_gb"] < 50
         after = weights(finished / f"step_{r['step']:06d}")
@@ -441,10 +605,34 @@ def test_flags_that_do_not_go_together_are_refused(argv):
     with pytest.raises(ValueError, match="needs --"): train.parse(argv)
 
 
-@pytest.mark.parametrize("argv", [["--stepz", "3"], ["--steps", "many"], ["--steps", "0"], ["--advantage", "ppo"]])
-def test_unknown_flags_and_values_are_usage_errors(argv, capsys):
-    with pytest.raises(SystemExit) as e: train.parse(argv)
-    assert e.value.code == 2
+NO_AMOUNT = "-1", "nan", "inf", "-inf", "1e308", "x", ""
+NO_COUNT = "-1", "1.5", "nan", "x", "", "9" * 30
+RANGES = {**dict.fromkeys(("lr", "temperature", "grad-clip"), ("0", *NO_AMOUNT)),
+          **dict.fromkeys(("clip-high", "kl", "tis", "weight-decay"), NO_AMOUNT), "clip-low": ("1.1", *NO_AMOUNT),
+          "dual-clip": ("1", "0.5", *NO_AMOUNT),
+          **dict.fromkeys(("eval-every", "refills", "keep", "log-samples", "watch-layers", "seed"), NO_COUNT),
+          **dict.fromkeys(("steps", "prompts", "group", "mini-prompts", "overlong-buffer", "max-new-tokens", "max-prompt-tokens",
+                           "eval-limit", "save-every"), ("0", *NO_COUNT)),
+          "group ": ("1",), "data": ("", " "), "model": ("",), "advantage": ("ppo",), "stepz": ("3",),
+          "bupo-layer": ("0", "-1", "x", "3,2", "1.5", "9" * 30, "1,2"), "bupo-steps": ("-1", "x", "1,2", "", "9" * 30)}
+
+
+@pytest.mark.parametrize("flag, text", [(f"--{flag.strip()}", text) for flag, texts in RANGES.items() for text in texts])
+def test_what_no_run_could_use_is_refused_before_anything_is_opened(flag, text, tmp_path, capsys, monkeypatch):
+    def opened(*a): raise AssertionError("it was opened")
+    monkeypatch.setattr(checkpoint, "lock", opened)
+    monkeypatch.setattr(train, "open_run", opened)
+    with pytest.raises(SystemExit) as e: guarded(train.main, [f"{flag}={text}", "--out", str(tmp_path / "r")])
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and len(said.splitlines()) == 1 and not (tmp_path / "r").exists()
+    assert flag in said or "BuPO" in said
+
+
+@pytest.mark.parametrize("argv", [["--log-samples", "0"], ["--log-samples", "0", "--watch-layers", "3"],
+                                  ["--model", "x", "--log-samples", "0", "--watch-layers", "3"]])
+def test_a_watch_of_responses_that_are_not_kept_is_refused(argv):
+    with pytest.raises(ValueError, match="--watch-layers [35] .*--log-samples 0"): train.parse(argv)
+    assert train.parse(["--log-samples", "0", "--watch-layers", "0"]).log_samples == 0
 
 
 def test_changed_settings_are_refused_on_resume(finished, folder, capsys, tmp_path):
