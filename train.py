@@ -655,7 +655,7 @@ def watch(run, out) -> dict:
 
 def result(rows, schedule):
     """The last line: accuracy before and after, from the rows of metrics.jsonl alone; None without held-out problems."""
-    scores = [r for r in rows if "eval/accuracy" in r and "eval/questions" in r]
+    scores = [r for r in rows if "eval/accuracy" in r and isinstance(r.get("step"), int)]
     if len(scores) < 2: return None
     first, last = scores[0], scores[-1]
     began = f" (step {first['step']})" if first["step"] else ""      # the row of step 0 is lost
@@ -681,7 +681,7 @@ def finish(run, rows):
         line = result(rows, run.schedule)
     except Exception as e:      # rows that have been edited
         line = f"no accuracy: rows of metrics.jsonl are not as they were written ({type(e).__name__}: {e})"
-    if line: print(line)
+    if line: print(printable(line))
 
 
 def show(row, bar, steps):
