@@ -805,7 +805,7 @@ def result(rows, schedule):
     for row in rows:
         seconds += sum(v for k, v in row.items() if k.startswith("time/"))
         peak = max(peak, row.get("perf/peak_gb", 0.0))
-        if "eval/accuracy" in row and "eval/questions" in row:
+        if "eval/accuracy" in row and isinstance(row.get("step"), int):
             scores.append((row["eval/accuracy"], seconds, row))
     if len(scores) < 2:
         return None
@@ -821,7 +821,8 @@ def draw(out):
     try:
         plot.training(out / "metrics.jsonl", out / "training.png")
     except Exception as e:      # rows may have been edited, fonts may be missing, the disk may be full
-        print(f"{out / 'training.png'}: not drawn ({one_line([f'{type(e).__name__}: {e}'])[:300]})", file=sys.stderr)
+        why = printable(one_line([f"{type(e).__name__}: {e}"]))[:300]
+        print(f"{out / 'training.png'}: not drawn ({why})", file=sys.stderr)
 
 
 def finish(run, rows):
@@ -832,8 +833,8 @@ def finish(run, rows):
     try:
         line = result(rows, run.schedule)
     except Exception as e:      # rows that have been edited
-        line = f"no accuracy: rows of metrics.jsonl are not as they were written ({type(e).__name__}: {e})"
-    if line: print(line)
+        line = f"no accuracy: rows of metrics.jsonl are not as they were written ({one_line([repr(e)])[:300]})"
+    if line: print(printable(line))
 
 
 def show(row, bar, steps):
@@ -858,12 +859,12 @@ def train(run, optimizer, start, setup_seconds):
             metrics.write([row])
 
         def save(step):
-            gathered, state = parallel.gather(run.model, optimizer), {"step": step, "num_tokens": run.num_tokens}
+            gathered, state = parallel.gather(run.model, optimizer), {"step": step, "num_tokens": tokens}
             parallel.on_first(checkpoint.save, out, step, *gathered, state, tokenizer_from=run.model.folder, keep=args.keep)
 
         bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, unit="step",
                    disable=parallel.rank() > 0 or not sys.stderr.isatty())
-        done = saved = start
+        done, saved, tokens = start, start, run.num_tokens      # tokens of whole steps, for one under way may be left
         try:
             if run.tests and start < args.steps and not any("eval/accuracy" in row for row in rows):
                 log({"step": start, **evaluate(run), "time/setup": setup_seconds})
@@ -871,7 +872,7 @@ def train(run, optimizer, start, setup_seconds):
                 tqdm.write(f"held-out accuracy {when}: {rows[-1]['eval/accuracy']:.3f}")
             for step in bar:
                 row, answered = step_once(run, optimizer, step)
-                done = step
+                done, tokens = step, run.num_tokens
                 if run.tests and (step == args.steps or (args.eval_every and step % args.eval_every == 0)):
                     with suppress(Stopped): row |= evaluate(run)      # a signal is heeded once the step is logged
                 if step == start + 1:

@@ -13,7 +13,9 @@ Cases follow from the seed and their number alone. They run in a process of thei
 Exit code 0: all passed; 1: some did not, each with its number.
 """
 import argparse
+import contextlib
 import copy
+import io
 import json
 import random
 import resource
@@ -275,7 +277,32 @@ def checkpoints(rng, good, folder):
         assert all((a == b).all() for a, b in zip(model.parameters(), reference[0].parameters(), strict=True)), "other weights were loaded"
 
 
-TARGETS = {"config": config, "weights": weights, "index": index, "tokenizer": tokenizer_json, "rows": rows, "checkpoints": checkpoints}
+def logs(rng, good, folder):
+    """Logs are never refused: what is no row is passed over, by all that train.py does with them."""
+    from types import SimpleNamespace
+
+    import checkpoint
+    import train
+    sample = {"step": 1, "prompt_ids": [1, 2, 3], "ids": [4, 5], "response": "é\x1b"}
+    metric = {"step": 2, "eval/accuracy": 0.5, "eval/questions": 4, "time/eval": 0.1, "reward": 0.25}
+    for name, row in (("samples.jsonl", sample), ("metrics.jsonl", metric)):
+        content = b"".join(damaged_json(rng, row) + rng.choice((b"\n", b"\n", b"")) for _ in range(5))
+        (folder / name).write_bytes(damaged_bytes(rng, content) if rng.random() < 0.5 else content)
+    train.plot.training = lambda *paths: None      # other files' concern, and slow
+    for _ in range(2):
+        rows, _ = checkpoint.read_rows(folder / "metrics.jsonl")
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            train.finish(SimpleNamespace(args=SimpleNamespace(out=folder), schedule="grpo"), rows)
+        assert all(c == "\n" or c.isprintable() for c in said.getvalue()), "a row steers the terminal"
+        for ids, length in train.responses_of_step_1(folder / "samples.jsonl", 6):
+            assert 0 < length < len(ids) and set(ids) <= set(range(6))
+        for name in ("samples.jsonl", "metrics.jsonl"): checkpoint.rewind(folder / name, 2)
+    rows, skipped = checkpoint.read_rows(folder / "metrics.jsonl")
+    assert not skipped and all(row["step"] <= 2 for row in rows)
+
+
+TARGETS = {"config": config, "weights": weights, "index": index, "tokenizer": tokenizer_json, "rows": rows, "checkpoints": checkpoints,
+           "logs": logs}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 
 import checkpoint
 import model as model_file
-from checkpoint import CheckpointError, RunLocked
+from checkpoint import CheckpointError, NotSaved, RunLocked
 from model import Config, Transformer, hf_tensors
 
 IDS = torch.arange(24).reshape(2, 12) * 7 % 32
@@ -405,8 +405,8 @@ def test_writing_stops_at_any_byte(tmp_path, deadly):
         no_file_beyond(n, deadly)
         try:
             checkpoint.save(run, 2, model, optimizer, {}, keep=1)
-        except OSError as e:
-            assert "not saved" in str(e) and "bytes" in str(e) and "\n" not in str(e), str(e)
+        except NotSaved as e:
+            assert "not saved" in str(e) and "bytes" in str(e) and "\n" not in str(e) and e.exit_code == 8, str(e)
             os._exit(9)
 
     for n in steps:
@@ -703,6 +703,66 @@ def test_rewind_killed_anywhere_loses_no_row(tmp_path, how):
         assert ROWS[3] in (tmp_path / "metrics.jsonl.bak").read_bytes().splitlines(keepends=True)
         if code == 0: break
     assert code == 0 and n > 5
+
+
+class Short:
+    """A raw file on a disk with room for so many bytes: a kernel writes what fits, says how much, and then refuses."""
+    def __init__(self, file, room): self.file, self.room = file, room
+
+    def __getattr__(self, name): return getattr(self.file, name)
+
+    def write(self, data):
+        if self.room == 0: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        done = self.file.write(data[:self.room])
+        self.room -= done
+        return done
+
+
+def test_a_log_loses_no_row_to_a_disk_that_is_full_for_a_while(tmp_path, capsys):
+    rows = [{"step": i, "text": "é" * i} for i in range(6)]
+    sizes = [len(json.dumps(row, ensure_ascii=False).encode()) + 1 for row in rows]
+    for room in range(sum(sizes)):
+        path = tmp_path / f"{room}.jsonl"
+        with checkpoint.Log(path) as log:
+            log.file = Short(log.file, room)
+            for i, row in enumerate(rows):
+                if i == 4: log.file.room = 10**6
+                log.write([row])
+        assert checkpoint.read_rows(path) == (rows, 0)
+        assert capsys.readouterr().err.count("No space left on device") == (room < sum(sizes[:4]))
+
+
+def test_a_log_on_a_disk_that_stays_full_says_what_is_lost(tmp_path, capsys):
+    with checkpoint.Log(tmp_path / "log") as log:
+        log.file = Short(log.file, 25)
+        log.write([{"step": 1, "a": 1}, {"step": 2, "a": 1}, {"step": 3, "a": 1}])
+    assert checkpoint.read_rows(tmp_path / "log") == ([{"step": 1, "a": 1}], 1)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "its last 2 rows are lost" in said[1]
+    with checkpoint.Log(tmp_path / "log") as log: log.write([{"step": 4}])       # begins on a line of its own
+    assert checkpoint.read_rows(tmp_path / "log") == ([{"step": 1, "a": 1}, {"step": 4}], 1)
+
+
+@pytest.mark.parametrize("content, steps, skipped", [
+    (b"", [], 0), (b'{"step": 1}\n{"step": 2}', [1, 2], 0), (b'\n{"step": 1}\n\n \n', [1], 0),
+    (b'{"step": 1}\n{"st{"step": 2}\n{"step": 3}\n', [1, 3], 1), (b'{"step": 1}\n' + b"\0" * 99, [1], 1),
+    (b'[1]\n3\n"a"\nnull\n{"step": 4}\n', [4], 4), (b'\xff\xfe\n{"step": "\xc3\xa9"}\n', ["é"], 1),
+    (b"[" * 99_999 + b'\n{"step": ' + b"9" * 5000 + b'}\n{"step": 5}\n', [5], 2), (b'\xef\xbb\xbf{"step": 1}\n', [1], 0)])
+def test_rows_are_read_and_the_rest_is_counted(tmp_path, content, steps, skipped):
+    (tmp_path / "log").write_bytes(content)
+    rows, left_out = checkpoint.read_rows(tmp_path / "log")
+    assert [r["step"] for r in rows] == steps and left_out == skipped
+    assert checkpoint.read_rows(tmp_path / "none") == ([], 0)
+
+
+def test_checkpoints_or_logs_make_a_run(tmp_path, two):
+    run = shutil.copytree(two, tmp_path / "run")
+    assert checkpoint.has_checkpoints(run) and checkpoint.holds_run(run)
+    for step in list(run.iterdir()): shutil.rmtree(step)
+    (run / "step_000003.bad-1").mkdir()
+    assert not checkpoint.holds_run(run) and not checkpoint.holds_run(tmp_path / "nowhere")
+    (run / "samples.jsonl").write_text("")
+    assert checkpoint.holds_run(run) and not checkpoint.has_checkpoints(run)
 
 
 def test_compare_names_what_changed():

