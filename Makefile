@@ -6,6 +6,7 @@ train: .venv/installed
 	$(BIN)/python train.py
 
 test: .venv/installed-dev
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q
 

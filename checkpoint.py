@@ -1,24 +1,29 @@
 """Training checkpoints that survive being killed at any moment, and that never load damaged.
 
     run/LOCK                           held by the one process that writes here
-    run/step_000120/                   a Hugging Face folder (config.json, model.safetensors, tokenizer files), and beside it
+    run/step_000120/                   a Hugging Face folder (config.json, model.safetensors,
+                                       tokenizer files), and beside it
         state.json                     the step and whatever the trainer wants back
-        resume/optim.safetensors       the optimizer's moments, named "<parameter>/<moment>"; further shards are optim-2, optim-3, ...
+        resume/optim.safetensors       the optimizer's moments, named "<parameter>/<moment>";
+                                       further shards are optim-2, optim-3, ...
         resume/rng.safetensors         torch's CPU generator, as bytes
         MANIFEST.json                  size and SHA-256 of every file above, written last
     run/.tmp-step_000120-<pid>         a save under way, or what a killed one left
     run/.trash-step_000110-<pid>       a deletion under way, or what a killed one left
 
-A save writes the .tmp folder, syncs it to the disk, and renames it: the rename is the commit. There is no pointer to the latest
-checkpoint that could itself be damaged; `latest` looks at the folders. Size and header are no proof of content: safetensors sizes
-its file before it fills it, and a power cut leaves zeros behind a good header. So hashes decide, every time.
+A save writes the .tmp folder, syncs it to the disk, and renames it: the rename is the commit. There
+is no pointer to the latest checkpoint that could itself be damaged; `latest` looks at the folders.
+Size and header are no proof of content: safetensors sizes its file before it fills it, and a power
+cut leaves zeros behind a good header. So hashes decide, every time.
 
-Pickle is never written or read. The moments sit in a folder of their own because inference servers load every *.safetensors they
-find beside the weights. What is a setting (learning rate, betas, ...) is not saved here: it comes from the resuming command, and
-`compare` tells where that differs from the saved one.
+Pickle is never written or read. The moments sit in a folder of their own because inference servers
+load every *.safetensors they find beside the weights. What is a setting (learning rate, betas, ...)
+is not saved here: it comes from the resuming command, and `compare` tells where that differs from
+the saved one.
 
 Needs a POSIX file system: renames are atomic, folders can be synced, files can be flock'ed.
 """
+
 import errno
 import fcntl
 import hashlib
@@ -41,13 +46,18 @@ from model import CheckpointError, hf_tensors, one_line, read_json
 from model import save as save_model
 
 FORMAT = "nanobupo checkpoint 1"
-LOGS = "metrics.jsonl", "samples.jsonl", "bad_batches.jsonl"     # of a run folder: rows that carry their step
-STEP = re.compile(r"step_(\d{6,})(\.old)?")                # .old: what `save` replaces, for the instant between its two renames
+# of a run folder: rows that carry their step
+LOGS = "metrics.jsonl", "samples.jsonl", "bad_batches.jsonl"
+# .old: what `save` replaces, for the instant between its two renames
+STEP = re.compile(r"step_(\d{6,})(\.old)?")
 LEFTOVER = re.compile(r"\.(tmp|trash)-(step_\d{6,}.*|.+\.jsonl)")
-FILE = re.compile(r"(resume/)?\w[\w.-]{0,200}")                  # a manifest must not reach outside its folder
-SHARD_BYTES = 4 << 30                                      # of moments in a file, and in memory at once beside the optimizer
+# a manifest must not reach outside its folder
+FILE = re.compile(r"(resume/)?\w[\w.-]{0,200}")
+# of moments in a file, and in memory at once beside the optimizer
+SHARD_BYTES = 4 << 30
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "remainder")   # moments that have their parameter's shape
+# moments that have their parameter's shape
+LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "remainder")
 
 
 class RunLocked(OSError):
@@ -55,70 +65,94 @@ class RunLocked(OSError):
 
 
 class NotSaved(OSError):
-    """A checkpoint could not be written: the disk is full, mostly. One line; the checkpoints before it stand."""
+    """A checkpoint could not be written: the disk is full, mostly. One line; the checkpoints before
+    it stand."""
+
     exit_code = 8
 
 
-def log(line): print(f"checkpoint: {line}", file=sys.stderr, flush=True)
+def log(line):
+    print(f"checkpoint: {line}", file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # files
 
+
 def _sync(path):
-    """Have the disk hold what `path` holds now. For a folder that is its list of names: without it a rename can be lost."""
+    """Have the disk hold what `path` holds now. For a folder that is its list of names: without it
+    a rename can be lost."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
-    except OSError as e:   # some network file systems know no fsync of a folder: then they offer no more than they do
-        if e.errno not in (errno.EINVAL, errno.ENOTSUP) or not os.path.isdir(path): raise
+    except OSError as e:
+        # some network file systems know no fsync of a folder: then they offer no more than they do
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP) or not os.path.isdir(path):
+            raise
     finally:
         os.close(fd)
 
 
 def _make(run):
-    if run.is_dir(): return
+    if run.is_dir():
+        return
     run.mkdir(parents=True, exist_ok=True)
-    _sync(run.parent)   # a power cut must not take the whole run folder along
+    _sync(run.parent)  # a power cut must not take the whole run folder along
 
 
 def _sha256(path):
     digest = hashlib.sha256()
     with open(path, "rb") as f:
-        while block := f.read(1 << 22): digest.update(block)
+        while block := f.read(1 << 22):
+            digest.update(block)
     return digest.hexdigest()
 
 
 def _delete(path):
-    """Remove a folder or file if it is there. A checkpoint goes out of sight first, so that one deleted halfway is never found.
-    That this fails is worth a line, never a run."""
+    """Remove a folder or file if it is there. A checkpoint goes out of sight first, so that one
+    deleted halfway is never found. That this fails is worth a line, never a run."""
     try:
         if STEP.fullmatch(path.name) and path.exists():
             path = path.rename(path.with_name(f".trash-{path.name}-{os.getpid()}"))
-        if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
-        else: path.unlink(missing_ok=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     except OSError as e:
         log(f"{path}: could not be removed ({e.strerror or e}); remove it by hand")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what counts as a checkpoint
 
+
 def _manifest(folder) -> dict:
-    """{file name: {"bytes", "sha256"}} of a checkpoint; CheckpointError, FileNotFoundError or ValueError if there is no sound one."""
+    """{file name: {"bytes", "sha256"}} of a checkpoint; CheckpointError, FileNotFoundError or
+    ValueError if there is no sound one."""
     manifest = read_json(folder / "MANIFEST.json")
     files = manifest.get("files")
     if manifest.get("format") != FORMAT or not isinstance(files, dict):
         raise CheckpointError(f"{folder / 'MANIFEST.json'}: not a {FORMAT!r} manifest")
-    bad = [n for n, e in files.items() if not FILE.fullmatch(n) or not isinstance(e, dict) or not {"bytes", "sha256"} <= e.keys()]
-    if bad: raise CheckpointError(f"{folder / 'MANIFEST.json'}: cannot use the entry {bad[0]!r:.80}")
-    if lost := {"config.json", "state.json", "resume/optim.safetensors", "resume/rng.safetensors"} - files.keys():
-        raise CheckpointError(f"{folder / 'MANIFEST.json'}: does not list {', '.join(sorted(lost))}")
+    bad = [
+        n
+        for n, e in files.items()
+        if not FILE.fullmatch(n) or not isinstance(e, dict) or not {"bytes", "sha256"} <= e.keys()
+    ]
+    if bad:
+        raise CheckpointError(f"{folder / 'MANIFEST.json'}: cannot use the entry {bad[0]!r:.80}")
+    if (
+        lost := {"config.json", "state.json", "resume/optim.safetensors", "resume/rng.safetensors"}
+        - files.keys()
+    ):
+        raise CheckpointError(
+            f"{folder / 'MANIFEST.json'}: does not list {', '.join(sorted(lost))}"
+        )
     return files
 
 
 def problem(folder, hashes=True) -> str:
-    """What is wrong with a checkpoint folder, in one line; "" if nothing is. hashes=False looks at names and sizes only, and is instant."""
+    """What is wrong with a checkpoint folder, in one line; "" if nothing is. hashes=False looks at
+    names and sizes only, and is instant."""
     folder, wrong = Path(folder), []
     try:
         files = _manifest(folder)
@@ -127,8 +161,10 @@ def problem(folder, hashes=True) -> str:
     for name, entry in files.items():
         try:
             size = (folder / name).stat().st_size
-            if size != entry["bytes"]: wrong.append(f"{name} has {size} bytes, not {entry['bytes']!r:.20}")
-            elif hashes and _sha256(folder / name) != entry["sha256"]: wrong.append(f"{name} is damaged (SHA-256 differs)")
+            if size != entry["bytes"]:
+                wrong.append(f"{name} has {size} bytes, not {entry['bytes']!r:.20}")
+            elif hashes and _sha256(folder / name) != entry["sha256"]:
+                wrong.append(f"{name} is damaged (SHA-256 differs)")
         except FileNotFoundError:
             wrong.append(f"{name} is missing")
         except OSError as e:
@@ -137,59 +173,85 @@ def problem(folder, hashes=True) -> str:
 
 
 def _steps(run) -> list[tuple[int, Path]]:
-    """(step, folder) of everything that is named like a checkpoint, newest first; a replacement before what it replaces."""
+    """(step, folder) of everything that is named like a checkpoint, newest first; a replacement
+    before what it replaces."""
     try:
         found = [(STEP.fullmatch(p.name), p) for p in Path(run).iterdir() if p.is_dir()]
     except FileNotFoundError:
         return []
-    return [(int(m[1]), p) for m, p in sorted(((m, p) for m, p in found if m), key=lambda mp: (-int(mp[0][1]), bool(mp[0][2])))]
+    return [
+        (int(m[1]), p)
+        for m, p in sorted(
+            ((m, p) for m, p in found if m), key=lambda mp: (-int(mp[0][1]), bool(mp[0][2]))
+        )
+    ]
 
 
 def latest(run, verify=True) -> Path | None:
     """The newest whole checkpoint of a run folder; None if it holds no step folder at all.
 
     verify  compare every SHA-256 (reads the checkpoint once); False compares names and sizes only
-    Damaged ones are passed over with one line each. If all are damaged: CheckpointError, never a silent start from scratch.
+    Damaged ones are passed over with one line each. If all are damaged: CheckpointError, never a
+    silent start from scratch.
     """
     bad = []
     for _, folder in _steps(run):
         why = problem(folder, verify)
-        if not why: return folder
+        if not why:
+            return folder
         log(f"skipped: {why}")
         bad.append(why)
     if bad:
-        raise CheckpointError(f"{run}: none of {len(bad)} checkpoints is whole (newest: {bad[0]}); restore one, or move the step_ folders "
-                              "away to start again")
+        raise CheckpointError(
+            f"{run}: none of {len(bad)} checkpoints is whole (newest: {bad[0]}); restore one, or "
+            f"move the step_ folders "
+            "away to start again"
+        )
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # save
 
+
 def _moments(model, optimizer) -> tuple[dict, dict]:
-    """The optimizer's state by name: ({"<parameter>/<moment>": tensor}, {the same: number}). What it does not hold is not there:
-    AdamW has no state for a block that never had a gradient, and zeros would not be the same (its step count starts later)."""
+    """The optimizer's state by name: ({"<parameter>/<moment>": tensor}, {the same: number}). What
+    it does not hold is not there: AdamW has no state for a block that never had a gradient, and
+    zeros would not be the same (its step count starts later)."""
     names, tensors, numbers = {id(p): name for name, p in model.named_parameters()}, {}, {}
     for p, moments in optimizer.state.items():
-        if id(p) not in names: raise ValueError("the optimizer has state for a tensor that is not a parameter of the model")
+        if id(p) not in names:
+            raise ValueError(
+                "the optimizer has state for a tensor that is not a parameter of the model"
+            )
         for key, value in moments.items():
             if not (value is None or isinstance(value, (torch.Tensor, int, float))):
-                raise ValueError(f"the optimizer keeps a {type(value).__name__} as {key}; only tensors and numbers can be saved")
-            (tensors if isinstance(value, torch.Tensor) else numbers)[f"{names[id(p)]}/{key}"] = value
+                raise ValueError(
+                    f"the optimizer keeps a {type(value).__name__} as {key}; only tensors and "
+                    f"numbers can be saved"
+                )
+            (tensors if isinstance(value, torch.Tensor) else numbers)[f"{names[id(p)]}/{key}"] = (
+                value
+            )
     return tensors, numbers
 
 
 def _finite(value) -> bool:
-    if not isinstance(value, torch.Tensor): return value is None or math.isfinite(value)
-    if not value.is_floating_point() or not value.numel(): return True
-    low, high = value.detach().aminmax()   # NaN wins in both, and unlike isfinite(value).all() this takes no memory
+    if not isinstance(value, torch.Tensor):
+        return value is None or math.isfinite(value)
+    if not value.is_floating_point() or not value.numel():
+        return True
+    # NaN wins in both, and unlike isfinite(value).all() this takes no memory
+    low, high = value.detach().aminmax()
     return bool(low.isfinite() and high.isfinite())
 
 
 def bytes_needed(model, optimizer) -> int:
-    """Bytes a checkpoint takes on disk now, about. Adam's moments exist only after the first step; then it is three times the weights."""
+    """Bytes a checkpoint takes on disk now, about. Adam's moments exist only after the first step;
+    then it is three times the weights."""
     tensors = [*model.parameters(), *_moments(model, optimizer)[0].values()]
-    return sum(t.nbytes for t in tensors) + 512 * len(tensors) + (1 << 16)   # headers and the small files too
+    # headers and the small files too
+    return sum(t.nbytes for t in tensors) + 512 * len(tensors) + (1 << 16)
 
 
 def _save_moments(folder, tensors, numbers, optimizer):
@@ -203,11 +265,16 @@ def _save_moments(folder, tensors, numbers, optimizer):
     about = {"optimizer": type(optimizer).__name__, "numbers": json.dumps(numbers)}
     for i, shard in enumerate(shards, 1):
         shard = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in shard.items()}
-        save_file(shard, folder / ("optim.safetensors" if i == 1 else f"optim-{i}.safetensors"), metadata=about)
+        save_file(
+            shard,
+            folder / ("optim.safetensors" if i == 1 else f"optim-{i}.safetensors"),
+            metadata=about,
+        )
 
 
 def _commit(tmp, final):
-    """Rename tmp to final. An older final steps aside under a name that `latest` knows, so that at every instant one of them is found."""
+    """Rename tmp to final. An older final steps aside under a name that `latest` knows, so that at
+    every instant one of them is found."""
     old = final.with_name(final.name + ".old")
     if final.exists():
         if why := problem(final):
@@ -225,13 +292,17 @@ def _commit(tmp, final):
 def save(run, step: int, model, optimizer, state: dict, tokenizer_from=None, keep=2) -> Path:
     """Write run/step_<step>, or change nothing. Returns the folder once the disk holds it.
 
-    state           what the trainer wants back from `load`; must come through JSON unchanged. "step" is added
-    tokenizer_from  folder whose tokenizer files are copied, so that the checkpoint is a whole Hugging Face model
-    keep            whole checkpoints to keep, this one included; older ones are deleted once this one is safe. 0 keeps all
-    Checkpoints of later steps are left alone, and stay the newest: a run that is set back on purpose moves them away first.
-    Raises FloatingPointError (NaN or Inf in weights or moments, the first is named), NotSaved (disk full, unwritable;
-    with the bytes needed and free), ValueError (a state that JSON cannot hold). Every time, the checkpoints that were
-    there before are still there.
+    state           what the trainer wants back from `load`; must come through JSON unchanged.
+                    "step" is added
+    tokenizer_from  folder whose tokenizer files are copied, so that the checkpoint is a whole
+                    Hugging Face model
+    keep            whole checkpoints to keep, this one included; older ones are deleted once this
+                    one is safe. 0 keeps all
+    Checkpoints of later steps are left alone, and stay the newest: a run that is set back on
+    purpose moves them away first. Raises FloatingPointError (NaN or Inf in weights or moments, the
+    first is named), NotSaved (disk full, unwritable; with the bytes needed and free), ValueError (a
+    state that JSON cannot hold). Every time, the checkpoints that were there before are still
+    there.
     """
     run, name = Path(run), f"step_{step:06d}"
     final, tmp, state = run / name, run / f".tmp-{name}-{os.getpid()}", {**state, "step": step}
@@ -239,21 +310,29 @@ def save(run, step: int, model, optimizer, state: dict, tokenizer_from=None, kee
         text = json.dumps(state, allow_nan=False, indent=1)
     except (TypeError, ValueError) as e:
         raise ValueError(f"{name}: the state cannot be written as JSON ({e})") from None
-    if json.loads(text) != state: raise ValueError(f"{name}: JSON changes the state (a tuple? a key that is not a string?)")
-    if step < 0 or keep < 0: raise ValueError(f"step {step}, keep {keep}: neither may be negative")
+    if json.loads(text) != state:
+        raise ValueError(f"{name}: JSON changes the state (a tuple? a key that is not a string?)")
+    if step < 0 or keep < 0:
+        raise ValueError(f"step {step}, keep {keep}: neither may be negative")
     if tokenizer_from is not None and not Path(tokenizer_from).is_dir():
         raise FileNotFoundError(f"{tokenizer_from}: no such folder to copy the tokenizer from")
     params = dict(model.named_parameters())
-    if len({p.dtype for p in params.values()}) > 1: raise ValueError("the weights have several dtypes: a checkpoint would round some")
+    if len({p.dtype for p in params.values()}) > 1:
+        raise ValueError("the weights have several dtypes: a checkpoint would round some")
     tensors, numbers = _moments(model, optimizer)
-    if bad := next((n for n, value in {**params, **tensors, **numbers}.items() if not _finite(value)), None):
-        raise FloatingPointError(f"{name} not saved: {bad} holds NaN or Inf; earlier checkpoints are untouched")
+    if bad := next(
+        (n for n, value in {**params, **tensors, **numbers}.items() if not _finite(value)), None
+    ):
+        raise FloatingPointError(
+            f"{name} not saved: {bad} holds NaN or Inf; earlier checkpoints are untouched"
+        )
 
     need, free = bytes_needed(model, optimizer), "unknown"
     try:
         _make(run)
         free = shutil.disk_usage(run).free
-        if free < need: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if free < need:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         _delete(tmp)
         (tmp / "resume").mkdir(parents=True)
         save_model(model, tmp, tokenizer_from)
@@ -261,30 +340,41 @@ def save(run, step: int, model, optimizer, state: dict, tokenizer_from=None, kee
         save_file({"torch_cpu": torch.get_rng_state()}, tmp / "resume/rng.safetensors")
         (tmp / "state.json").write_text(text, encoding="utf-8")
         files = {p.relative_to(tmp).as_posix(): p for p in sorted(tmp.rglob("*")) if p.is_file()}
-        for p in files.values(): _sync(p)
+        for p in files.values():
+            _sync(p)
         entries = {n: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for n, p in files.items()}
-        (tmp / "MANIFEST.json").write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1), encoding="utf-8")
-        for p in (tmp / "MANIFEST.json", tmp / "resume", tmp): _sync(p)
+        (tmp / "MANIFEST.json").write_text(
+            json.dumps({"format": FORMAT, "files": entries}, indent=1), encoding="utf-8"
+        )
+        for p in (tmp / "MANIFEST.json", tmp / "resume", tmp):
+            _sync(p)
         _commit(tmp, final)
-    except BaseException as e:   # Ctrl-C too
+    except BaseException as e:  # Ctrl-C too
         _delete(tmp)
-        if not isinstance(e, (OSError, SafetensorError)): raise
-        raise NotSaved(f"{final}: not saved ({getattr(e, 'strerror', None) or e}): it takes about {need} bytes, "
-                       f"{free} were free; earlier checkpoints are untouched") from None
-    if why := problem(final, hashes=False): raise CheckpointError(f"{why}; written this moment: is another process at work here?")
+        if not isinstance(e, (OSError, SafetensorError)):
+            raise
+        raise NotSaved(
+            f"{final}: not saved ({getattr(e, 'strerror', None) or e}): it takes about {need} "
+            f"bytes, "
+            f"{free} were free; earlier checkpoints are untouched"
+        ) from None
+    if why := problem(final, hashes=False):
+        raise CheckpointError(f"{why}; written this moment: is another process at work here?")
     prune(run, step, keep)
     return final
 
 
 def prune(run, step, keep):
-    """Delete whole checkpoints before that of `step`, which is safe, but for the newest keep - 1; keep 0 keeps all. On resume too: a kill
-    may have come between a save and this."""
+    """Delete whole checkpoints before that of `step`, which is safe, but for the newest keep - 1;
+    keep 0 keeps all. On resume too: a kill may have come between a save and this."""
     older = [p for s, p in _steps(Path(run)) if s < step and not problem(p, hashes=False)]
-    for p in older[keep - 1:] if keep else (): _delete(p)
+    for p in older[keep - 1 :] if keep else ():
+        _delete(p)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # load
+
 
 def _open(folder, names, stack) -> tuple[dict, dict]:
     """Tensor name -> the open file that holds it, and the files' metadata. Nothing is read yet."""
@@ -293,20 +383,27 @@ def _open(folder, names, stack) -> tuple[dict, dict]:
         try:
             f = stack.enter_context(safe_open(folder / name, framework="pt"))
         except (SafetensorError, OSError) as e:
-            raise CheckpointError(f"{folder / name}: not a readable safetensors file ({one_line([str(e)]):.100})") from None
+            raise CheckpointError(
+                f"{folder / name}: not a readable safetensors file ({one_line([str(e)]):.100})"
+            ) from None
         found.update(dict.fromkeys(f.keys(), f))
         about.update(f.metadata() or {})
     return found, about
 
 
 def _numbers(folder, about) -> dict:
-    """What the optimizer keeps as numbers, from the files' metadata; CheckpointError if they are none."""
+    """What the optimizer keeps as numbers, from the files' metadata; CheckpointError if they are
+    none."""
     try:
         numbers = json.loads(about.get("numbers", ""))
     except (ValueError, RecursionError):
         numbers = None
-    if not isinstance(numbers, dict) or not all(v is None or isinstance(v, (int, float)) for v in numbers.values()):
-        raise CheckpointError(f"{folder / 'resume/optim.safetensors'}: its metadata hold no numbers of an optimizer")
+    if not isinstance(numbers, dict) or not all(
+        v is None or isinstance(v, (int, float)) for v in numbers.values()
+    ):
+        raise CheckpointError(
+            f"{folder / 'resume/optim.safetensors'}: its metadata hold no numbers of an optimizer"
+        )
     return numbers
 
 
@@ -316,60 +413,87 @@ def _generator_state(folder, rng) -> torch.Tensor:
         state = rng["torch_cpu"].get_tensor("torch_cpu").clone()
         torch.Generator().set_state(state)
     except (KeyError, TypeError, RuntimeError) as e:
-        raise CheckpointError(f"{folder / 'resume/rng.safetensors'}: no state of torch's generator ({one_line([str(e)]):.80})") from None
+        raise CheckpointError(
+            f"{folder / 'resume/rng.safetensors'}: no state of torch's generator "
+            f"({one_line([str(e)]):.80})"
+        ) from None
     return state
 
 
 def _misfits(weights, moments, numbers, wanted, params, held) -> list[str]:
-    """All that keeps a checkpoint from going into these parameters and this optimizer, from headers alone."""
-    wrong = [f"{n} is not part of this model" for n in weights if n not in wanted] + [f"{n} is missing" for n in wanted if n not in weights]
+    """All that keeps a checkpoint from going into these parameters and this optimizer, from headers
+    alone."""
+    wrong = [f"{n} is not part of this model" for n in weights if n not in wanted] + [
+        f"{n} is missing" for n in wanted if n not in weights
+    ]
     for n in weights.keys() & wanted.keys():
         view, (ours, _, rows) = weights[n].get_slice(n), wanted[n]
         have = f"{view.get_dtype()} {view.get_shape()}"
         want = f"{DTYPES.get(params[ours].dtype)} {[rows, *params[ours].shape[1:]]}"
-        if have != want: wrong.append(f"{n} is {have}, the model's is {want}")
+        if have != want:
+            wrong.append(f"{n} is {have}, the model's is {want}")
     for full in (*moments, *numbers):
         name, _, key = full.rpartition("/")
-        if name not in params or id(params[name]) not in held: wrong.append(f"the optimizer holds no parameter for {full}")
-        elif key in LIKE_PARAMETER and full in moments and moments[full].get_slice(full).get_shape() != list(params[name].shape):
+        if name not in params or id(params[name]) not in held:
+            wrong.append(f"the optimizer holds no parameter for {full}")
+        elif (
+            key in LIKE_PARAMETER
+            and full in moments
+            and moments[full].get_slice(full).get_shape() != list(params[name].shape)
+        ):
             wrong.append(f"{full} has not the shape of its parameter, {list(params[name].shape)}")
     return sorted(wrong)
 
 
 @torch.no_grad()
 def load(folder, model, optimizer, verify=True) -> dict:
-    """Put a checkpoint back, bit for bit: weights, moments, torch's CPU generator. Returns the state given to `save`, and its "step".
+    """Put a checkpoint back, bit for bit: weights, moments, torch's CPU generator. Returns the
+    state given to `save`, and its "step".
 
-    Weights are copied into the existing parameters, so whoever shares them (the sampler, the optimizer) sees the new values. The
-    optimizer ends with state for exactly the parameters that had some when saved. Its settings (lr, betas, ...) stay its own.
+    Weights are copied into the existing parameters, so whoever shares them (the sampler, the
+    optimizer) sees the new values. The optimizer ends with state for exactly the parameters that
+    had some when saved. Its settings (lr, betas, ...) stay its own.
     verify  compare every SHA-256 first; False if `latest` has just done so
     Raises CheckpointError, in one line with all that does not fit, before anything is touched.
     """
     folder = Path(folder)
-    if why := problem(folder, verify): raise CheckpointError(f"cannot load: {why}")
+    if why := problem(folder, verify):
+        raise CheckpointError(f"cannot load: {why}")
     files, state = _manifest(folder), read_json(folder / "state.json")
-    if type(state.get("step")) is not int: raise CheckpointError(f"{folder / 'state.json'}: no step in it")
+    if type(state.get("step")) is not int:
+        raise CheckpointError(f"{folder / 'state.json'}: no step in it")
     params, wanted = dict(model.named_parameters()), hf_tensors(model.config)
     held = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     with ExitStack() as stack:
-        weights, _ = _open(folder, [n for n in files if re.fullmatch(r"model[\w.-]*\.safetensors", n)], stack)
+        weights, _ = _open(
+            folder, [n for n in files if re.fullmatch(r"model[\w.-]*\.safetensors", n)], stack
+        )
         moments, about = _open(folder, [n for n in files if n.startswith("resume/optim")], stack)
         rng, _ = _open(folder, ["resume/rng.safetensors"], stack)
         numbers, generator = _numbers(folder, about), _generator_state(folder, rng)
-        wrong, kind = _misfits(weights, moments, numbers, wanted, params, held), type(optimizer).__name__
-        if about.get("optimizer") != kind: wrong.append(f"saved from optimizer {about.get('optimizer')}, this one is {kind}")
+        wrong, kind = (
+            _misfits(weights, moments, numbers, wanted, params, held),
+            type(optimizer).__name__,
+        )
+        if about.get("optimizer") != kind:
+            wrong.append(f"saved from optimizer {about.get('optimizer')}, this one is {kind}")
         if wrong:
             more = f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
             raise CheckpointError(f"{folder}: does not fit: " + one_line(wrong[:20]) + more)
 
         for name, (ours, row, rows) in wanted.items():
-            params[ours][row:row + rows].copy_(weights[name].get_tensor(name))
+            params[ours][row : row + rows].copy_(weights[name].get_tensor(name))
         optimizer.state.clear()
         for full, f in moments.items():
             name, _, key = full.rpartition("/")
             p, t = params[name], f.get_tensor(full)
-            # Adam counts its steps on the CPU unless told otherwise. And a copy: what safetensors returns is a window into the file
-            home = p.device if t.dim() or held[id(p)].get("capturable") or held[id(p)].get("fused") else "cpu"
+            # Adam counts its steps on the CPU unless told otherwise. And a copy: what safetensors
+            # returns is a window into the file
+            home = (
+                p.device
+                if t.dim() or held[id(p)].get("capturable") or held[id(p)].get("fused")
+                else "cpu"
+            )
             optimizer.state[p][key] = t.to(home, copy=True)
         for full, value in numbers.items():
             name, _, key = full.rpartition("/")
@@ -378,11 +502,13 @@ def load(folder, model, optimizer, verify=True) -> dict:
     return state
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the run folder
 
+
 def has_checkpoints(run) -> bool:
-    """Whether anything in a folder is named like a checkpoint: then it is a run, whatever logs are there or not."""
+    """Whether anything in a folder is named like a checkpoint: then it is a run, whatever logs are
+    there or not."""
     return bool(_steps(run))
 
 
@@ -392,36 +518,45 @@ def holds_run(run) -> bool:
 
 
 def clean(run):
-    """Remove what a killed save, deletion or rewind left behind, with one line. Call it while holding the lock."""
+    """Remove what a killed save, deletion or rewind left behind, with one line. Call it while
+    holding the lock."""
     run, gone = Path(run), []
     for _, folder in _steps(run):
-        if folder.suffix != ".old": continue
+        if folder.suffix != ".old":
+            continue
         final = folder.with_suffix("")
-        if not final.exists():   # killed between the two renames: the old one is still the one
+        if not final.exists():  # killed between the two renames: the old one is still the one
             folder.rename(final)
             log(f"{final}: put back, the save that was to replace it did not finish")
         elif not problem(final):
             _delete(folder)
             gone.append(folder.name)
-    for path in sorted(p for p in (run.iterdir() if run.is_dir() else ()) if LEFTOVER.fullmatch(p.name)):
+    for path in sorted(
+        p for p in (run.iterdir() if run.is_dir() else ()) if LEFTOVER.fullmatch(p.name)
+    ):
         _delete(path)
         gone.append(path.name)
-    if gone: log(f"{run}: removed what an interrupted save left: {', '.join(gone)}")
+    if gone:
+        log(f"{run}: removed what an interrupted save left: {', '.join(gone)}")
 
 
 def discard(run):
     """Delete every checkpoint of a run, and its logs: for starting anew, while holding the lock."""
-    for _, folder in _steps(run): _delete(folder)
+    for _, folder in _steps(run):
+        _delete(folder)
     for log in LOGS:
-        for name in (log, log + ".bak"): _delete(Path(run) / name)
+        for name in (log, log + ".bak"):
+            _delete(Path(run) / name)
 
 
 @contextmanager
 def lock(run):
-    """`with lock(run):` this process is the only one that writes into the run folder; a second one gets RunLocked, which names us.
+    """`with lock(run):` this process is the only one that writes into the run folder; a second one
+    gets RunLocked, which names us.
 
-    The lock is the kernel's (flock): it ends with the process however that dies. Across machines that share a network disk it is
-    advisory at best. Raises OSError if the folder cannot be made or written.
+    The lock is the kernel's (flock): it ends with the process however that dies. Across machines
+    that share a network disk it is advisory at best. Raises OSError if the folder cannot be made or
+    written.
     """
     run = Path(run)
     ours = not run.exists()
@@ -429,24 +564,37 @@ def lock(run):
         _make(run)
         f = open(run / "LOCK", "a+", encoding="utf-8", errors="replace")
     except OSError as e:
-        raise OSError(f"{run}: cannot be a run folder ({e.strerror or e}); choose another one") from None
+        raise OSError(
+            f"{run}: cannot be a run folder ({e.strerror or e}); choose another one"
+        ) from None
     with f:
         f.seek(0)
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunLocked(f"{run}: in use by {f.read(300).strip() or 'another process'}; wait for it, or choose another folder") from None
+            raise RunLocked(
+                f"{run}: in use by {f.read(300).strip() or 'another process'}; wait for it, or "
+                f"choose another folder"
+            ) from None
         except OSError as e:
-            log(f"{run}: this file system cannot lock ({e.strerror or e}): see to it yourself that one process writes here")
-        if before := f.read(300).strip(): log(f"{run}: taken over from {before}, which ended without a goodbye")
+            log(
+                f"{run}: this file system cannot lock ({e.strerror or e}): see to it yourself that "
+                f"one process writes here"
+            )
+        if before := f.read(300).strip():
+            log(f"{run}: taken over from {before}, which ended without a goodbye")
         f.truncate(0)
-        f.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        f.write(
+            f"pid {os.getpid()} on {socket.gethostname()} since "
+            f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+        )
         f.flush()
         try:
             yield
         finally:
             f.truncate(0)
-            if ours and os.listdir(run) == ["LOCK"]:      # a command that was refused leaves nothing behind
+            # a command that was refused leaves nothing behind
+            if ours and os.listdir(run) == ["LOCK"]:
                 (run / "LOCK").unlink()
                 run.rmdir()
 
@@ -454,8 +602,9 @@ def lock(run):
 class Log:
     """A JSONL file that grows by whole rows, for as long as a run lasts.
 
-    A disk that is full costs no row and no run: a kernel writes what there is room for and says how much that was, and
-    the rest stands in memory until the next `write`, which begins with it. What is left at the end is lost, with a line.
+    A disk that is full costs no row and no run: a kernel writes what there is room for and says how
+    much that was, and the rest stands in memory until the next `write`, which begins with it. What
+    is left at the end is lost, with a line.
     """
 
     def __init__(self, path):
@@ -463,7 +612,8 @@ class Log:
         self.file = open(path, "a+b", buffering=0)
         if self.file.seekable() and (size := self.file.seek(0, os.SEEK_END)):
             self.file.seek(size - 1)
-            if self.file.read(1) != b"\n":      # of a process that was killed: its torn row must not swallow the next
+            # of a process that was killed: its torn row must not swallow the next
+            if self.file.read(1) != b"\n":
                 self.waiting = b"\n"
 
     def __enter__(self):
@@ -473,11 +623,15 @@ class Log:
         self.write([])
         if self.waiting.strip():
             rows = self.waiting.count(b"\n")
-            log(f"{self.path}: still cannot be written; its last {rows} rows are lost, the last of them may be torn")
+            log(
+                f"{self.path}: still cannot be written; its last {rows} rows are lost, the last of "
+                f"them may be torn"
+            )
         self.file.close()
 
     def write(self, rows):
-        """Append rows, dicts; what cannot be written now is kept for the next time, and the first time said in a line."""
+        """Append rows, dicts; what cannot be written now is kept for the next time, and the first
+        time said in a line."""
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         self.waiting += lines.encode(errors="replace")
         try:
@@ -486,7 +640,10 @@ class Log:
                 self.waiting = self.waiting[done:]
         except OSError as e:
             if not self.told:
-                log(f"{self.path}: cannot be written ({e.strerror or e}); training goes on, the rows wait in memory")
+                log(
+                    f"{self.path}: cannot be written ({e.strerror or e}); training goes on, the "
+                    f"rows wait in memory"
+                )
             self.told = True
 
 
@@ -494,31 +651,38 @@ def _step_of(line):
     try:
         return json.loads(line)["step"] + 0
     except (ValueError, TypeError, KeyError, RecursionError):
-        return float("inf")   # not a row: torn by a crash, or zeros after a power cut
+        return float("inf")  # not a row: torn by a crash, or zeros after a power cut
 
 
 def rewind(path, step: int) -> int:
-    """Cut a JSONL file back to its rows with row["step"] <= step, so that a resumed run repeats none. Returns the lines removed.
+    """Cut a JSONL file back to its rows with row["step"] <= step, so that a resumed run repeats
+    none. Returns the lines removed.
 
-    Removed lines go to the end of <file>.bak, and so do lines that are no rows (the torn last line of a killed run). A whole last row
-    without its newline gets it. Killed halfway, the file is as before or as after. A missing file is an empty one.
+    Removed lines go to the end of <file>.bak, and so do lines that are no rows (the torn last line
+    of a killed run). A whole last row without its newline gets it. Killed halfway, the file is as
+    before or as after. A missing file is an empty one.
     """
     path, cut, same = Path(path), [], True
-    if not path.exists(): return 0
+    if not path.exists():
+        return 0
     tmp, bak = path.with_name(f".tmp-{path.name}"), path.with_name(path.name + ".bak")
     with open(path, "rb") as rows, open(tmp, "wb") as kept:
         for line in rows:
             whole = line.rstrip(b"\n") + b"\n"
             same &= whole == line
-            if _step_of(line) <= step: kept.write(whole)
-            else: cut.append(whole)
+            if _step_of(line) <= step:
+                kept.write(whole)
+            else:
+                cut.append(whole)
     if same and not cut:
         tmp.unlink()
         return 0
     if cut:
         with open(bak, "a+b") as f:
             f.seek(max(f.seek(0, os.SEEK_END) - 1, 0))
-            if f.read(1) not in (b"", b"\n"): f.write(b"\n")   # a kill tore the last line: it must not swallow the next
+            # a kill tore the last line: it must not swallow the next
+            if f.read(1) not in (b"", b"\n"):
+                f.write(b"\n")
             f.writelines(cut)
         _sync(bak)
         log(f"{path}: {len(cut)} lines after step {step} moved to {bak.name}")
@@ -529,9 +693,13 @@ def rewind(path, step: int) -> int:
 
 
 def compare(saved: dict, now: dict, keys) -> list[str]:
-    """Settings that differ between a checkpoint and the command that resumes it, as "key: saved -> now" lines; [] means it may go on.
+    """Settings that differ between a checkpoint and the command that resumes it, as "key: saved ->
+    now" lines; [] means it may go on.
 
     Values are compared as JSON returns them, so (6, 26) is [6, 26].
     """
-    saved, now = ({k: json.dumps(d[k], default=str) if k in d else "(none)" for k in keys} for d in (saved, now))
+    saved, now = (
+        {k: json.dumps(d[k], default=str) if k in d else "(none)" for k in keys}
+        for d in (saved, now)
+    )
     return [f"{k}: {saved[k]} -> {now[k]}" for k in keys if saved[k] != now[k]]

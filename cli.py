@@ -1,4 +1,6 @@
-"""What the commands share: errors in one line and an exit code, output that may be lost, types of arguments, the device."""
+"""What the commands share: errors in one line and an exit code, output that may be lost, types of
+arguments, the device."""
+
 import argparse
 import errno
 import math
@@ -15,35 +17,46 @@ import parallel
 from model import one_line
 from rows import printable
 
-OUT_OF_MEMORY = ("out of memory: lower --slots or shorten --max-new-tokens; in training also lower --micro-tokens or --logit-chunk, or "
-                 "take --recompute, --optimizer split or --offload")
-DISK_FULL = 8       # exit code: the disk is full, or a checkpoint cannot be written for another reason
-NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG       # the disk, a quota on it, the limit of a file
+OUT_OF_MEMORY = (
+    "out of memory: lower --slots or shorten --max-new-tokens; in training also lower "
+    "--micro-tokens or --logit-chunk, or "
+    "take --recompute, --optimizer split or --offload"
+)
+# exit code: the disk is full, or a checkpoint cannot be written for another reason
+DISK_FULL = 8
+# the disk, a quota on it, the limit of a file
+NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # errors
+
 
 def no_memory(error) -> bool:
     """Whether an error says that memory has run out; a CPU's shortage has no class of its own."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(
+        error
+    )
 
 
 def disk_full(error) -> bool:
-    """Whether an error says that the disk, or a quota on it, is full; safetensors' errors say it in their text alone."""
+    """Whether an error says that the disk, or a quota on it, is full; safetensors' errors say it in
+    their text alone."""
     if isinstance(error, SafetensorError):
         return any(f"os error {n}" in str(error) for n in NO_ROOM)
     return getattr(error, "errno", None) in NO_ROOM
 
 
 def guarded(main, argv=None):
-    """Run a command; what goes wrong ends in one line and an exit code: 2 usage, 3 data, 4 checkpoint, 5 numerics,
-    6 memory, 7 another rank died, 8 the disk is full or a checkpoint cannot be written, 130 Ctrl-C. (75, a signal heeded
-    in training, is train.py's own.)
+    """Run a command; what goes wrong ends in one line and an exit code: 2 usage, 3 data, 4
+    checkpoint, 5 numerics, 6 memory, 7 another rank died, 8 the disk is full or a checkpoint cannot
+    be written, 130 Ctrl-C. (75, a signal heeded in training, is train.py's own.)
 
-    That nobody reads what it prints, be it a closed pipe or terminal or a full disk, is no error: see `output_may_be_lost`.
+    That nobody reads what it prints, be it a closed pipe or terminal or a full disk, is no error:
+    see `output_may_be_lost`.
     """
-    # pieces of GPU memory that can grow: what a KV cache leaves would else not fit the optimizer's state, nor the other way round
+    # pieces of GPU memory that can grow: what a KV cache leaves would else not fit the optimizer's
+    # state, nor the other way round
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     with output_may_be_lost():
         try:
@@ -63,7 +76,10 @@ def guarded(main, argv=None):
             if no_memory(e):
                 message, code = OUT_OF_MEMORY, 6
             elif parallel.lost(e):
-                message = "another rank ended or does not answer: see what it printed; checkpoints stand, run again to resume"
+                message = (
+                    "another rank ended or does not answer: see what it printed; "
+                    "checkpoints stand, run again to resume"
+                )
                 code = parallel.LOST
             else:
                 raise
@@ -73,11 +89,13 @@ def guarded(main, argv=None):
         parallel.leave(f"{Path(sys.argv[0]).name}: {message}", code)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # output
 
+
 class Output:
-    """A standard stream whose loss costs output and nothing else: once a write fails, /dev/null takes its place.
+    """A standard stream whose loss costs output and nothing else: once a write fails, /dev/null
+    takes its place.
 
     What its encoding lacks is written as an escape. All else is the stream's own.
     """
@@ -93,7 +111,7 @@ class Output:
             return self.stream.write(text)
         except UnicodeEncodeError as e:
             self.write(text.encode(e.encoding, "backslashreplace").decode(e.encoding))
-        except (OSError, ValueError):       # ValueError: it is closed
+        except (OSError, ValueError):  # ValueError: it is closed
             self.lose()
         return len(text)
 
@@ -104,20 +122,23 @@ class Output:
             self.lose()
 
     def lose(self):
-        """Have the file descriptor lead nowhere: what is still buffered goes there too, and what libraries print."""
+        """Have the file descriptor lead nowhere: what is still buffered goes there too, and what
+        libraries print."""
         null = open(os.devnull, "w", encoding="utf-8")
         try:
             os.dup2(null.fileno(), self.stream.fileno())
             null.close()
-        except (OSError, ValueError):       # closed already, or no file
+        except (OSError, ValueError):  # closed already, or no file
             self.stream = null
 
 
 @contextmanager
 def output_may_be_lost():
-    """In here it costs output, not the work, that a reader of stdout or stderr goes away (`| head`, a closed terminal),
-    that a disk behind them is full, that they were closed before the start, or that a terminal knows few letters."""
-    # a free descriptor would be that of the next file that is opened, and what libraries print would go into that file
+    """In here it costs output, not the work, that a reader of stdout or stderr goes away (`| head`,
+    a closed terminal), that a disk behind them is full, that they were closed before the start, or
+    that a terminal knows few letters."""
+    # a free descriptor would be that of the next file that is opened, and what libraries print
+    # would go into that file
     while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(fd)
@@ -131,8 +152,10 @@ def output_may_be_lost():
         sys.stdout, sys.stderr = before
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# types of arguments: each knows its range, so that what cannot be is refused before anything is opened
+# --------------------------------------------------------------------------------------------------
+# types of arguments: each knows its range, so that what cannot be is refused before anything is
+# opened
+
 
 class Parser(argparse.ArgumentParser):
     """argparse, but what is wrong is one line: dozens of flags above it would hide it."""
@@ -141,7 +164,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {printable(message)}; {self.prog} --help lists the flags\n")
 
 
-MOST = 10**9            # of things to count: more than any machine holds, and far from where integers overflow
+# of things to count: more than any machine holds, and far from where integers overflow
+MOST = 10**9
 
 
 def whole(text, least=0, most=MOST):
@@ -164,7 +188,8 @@ def seed(text):
 
 
 def number(text, least=-math.inf, most=math.inf, said="a number"):
-    """argparse type: a finite number from `least` to `most`, of a size that float32 holds; `said` names the range."""
+    """argparse type: a finite number from `least` to `most`, of a size that float32 holds; `said`
+    names the range."""
     try:
         value = float(text)
     except ValueError:
@@ -198,16 +223,28 @@ def given(text):
     return text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def pick_device(name):
-    """auto: cuda where there is one, else cpu. Raises ValueError for a device this machine does not have."""
-    if name == "auto": return "cuda" if torch.cuda.is_available() else "cpu"
+    """auto: cuda where there is one, else cpu. Raises ValueError for a device this machine does not
+    have."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name).item()      # meta has no values
-    except (RuntimeError, AssertionError, ValueError, OverflowError, ImportError, AttributeError) as e:
+        torch.zeros(1, device=name).item()  # meta has no values
+    except (
+        RuntimeError,
+        AssertionError,
+        ValueError,
+        OverflowError,
+        ImportError,
+        AttributeError,
+    ) as e:
         why = (str(e).splitlines() or [type(e).__name__])[0][:80]
-        raise ValueError(f"--device {name}: not usable here ({why}); use cpu, or leave the flag out") from None
+        raise ValueError(
+            f"--device {name}: not usable here ({why}); use cpu, or leave the flag out"
+        ) from None
     return name
 
 

@@ -1,11 +1,13 @@
-"""What a GPU should reach, by counting: FLOPs of products, bytes of everything else, kernels of a decode step.
+"""What a GPU should reach, by counting: FLOPs of products, bytes of everything else, kernels of a
+decode step.
 
     python estimate.py                  the sizes that people train, on a card of an H200's rates
     python estimate.py --bandwidth 3.0 --products 620
 
-No figure of this file was measured. Rates are what large products and copies attain on such a card, the counts are those of
-the code as it runs by default: bfloat16, products in cuBLAS, what stands between them compiled. Whatever `bench.py gpu` finds
-replaces it; until then it says what to be surprised by.
+No figure of this file was measured. Rates are what large products and copies attain on such a card,
+the counts are those of the code as it runs by default: bfloat16, products in cuBLAS, what stands
+between them compiled. Whatever `bench.py gpu` finds replaces it; until then it says what to be
+surprised by.
 """
 
 import argparse
@@ -30,9 +32,11 @@ def body(c: Config) -> int:
 def update(c: Config, tokens: int, length: int, recompute: bool, products: float, bandwidth: float):
     """Seconds of forward and backward of a micro-batch, and its MFU.
 
-    Products: 2 FLOPs a weight and token forward, 4 backward; of the head 2 more, whose logits are computed twice.
-    Traffic:  between products each value is read and written once forward and twice that backward; of logits 74 bytes
-              each in all; of weight gradients 16 bytes each, of the unembedding's 8 for every 1,024 tokens.
+    Products: 2 FLOPs a weight and token forward, 4 backward; of the head 2 more, whose logits are
+    computed twice.
+    Traffic:  between products each value is read and written once forward and twice that backward;
+              of logits 74 bytes each in all; of weight gradients 16 bytes each, of the
+              unembedding's 8 for every 1,024 tokens.
     """
     D, H, K, E, M = c.d_model, c.n_heads, c.n_kv_heads, c.head_dim, c.d_mlp
     again = 1 if recompute else 0
@@ -51,7 +55,8 @@ def update(c: Config, tokens: int, length: int, recompute: bool, products: float
 
 
 def decode(c: Config, batch: int, context: int, bandwidth: float):
-    """Seconds of a decode step, and its share of the time that reading weights and keys and values takes."""
+    """Seconds of a decode step, and its share of the time that reading weights and keys and values
+    takes."""
     weights = 2 * (body(c) + c.vocab_size * c.d_model)
     cache = batch * context * 4 * c.n_layers * c.n_kv_heads * c.head_dim
     logits = batch * c.vocab_size * 4 * 12  # written, scaled, maximum, exponentials, sums, the draw
@@ -61,11 +66,19 @@ def decode(c: Config, batch: int, context: int, bandwidth: float):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--products", type=float, default=650.0, help="TFLOP/s of large products (default 650)")
-    p.add_argument("--bandwidth", type=float, default=4.3, help="TB/s of a large copy (default 4.3)")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--products", type=float, default=650.0, help="TFLOP/s of large products (default 650)"
+    )
+    p.add_argument(
+        "--bandwidth", type=float, default=4.3, help="TB/s of a large copy (default 4.3)"
+    )
     p.add_argument("--tokens", type=int, default=16384, help="of a micro-batch (default 16384)")
-    p.add_argument("--length", type=int, default=2048, help="of a row in it, and of a context (default 2048)")
+    p.add_argument(
+        "--length", type=int, default=2048, help="of a row in it, and of a context (default 2048)"
+    )
     args = p.parse_args()
     products, bandwidth = args.products * 1e12, args.bandwidth * 1e12
     print("estimated      update, s (MFU)            decode at batch 1 / 64 / 256:")

@@ -1,40 +1,67 @@
-r"""Exact values of formulas: read one LaTeX expression into a sum of products, decide whether such a sum is zero.
+r"""Exact values of formulas: read one LaTeX expression into a sum of products, decide whether such
+a sum is zero.
 
-    Algebra().read(tokens(r"\sqrt{12} + x^2")) -> {monomial: coefficient}         Algebra().is_zero(a - b) -> bool
+    Algebra().read(tokens(r"\sqrt{12} + x^2")) -> {monomial: coefficient}
+    Algebra().is_zero(a - b) -> bool
 
-A sum maps monomials to nonzero rational coefficients (int or Fraction, never float); a monomial is a sorted tuple of (atom, exponent);
-an atom is a root of a prime, a name, a power of e, a sum that could not be expanded, or a function of frozen sums. What makes the
-form canonical, so that a - b is empty when a = b:
+A sum maps monomials to nonzero rational coefficients (int or Fraction, never float); a monomial is
+a sorted tuple of (atom, exponent); an atom is a root of a prime, a name, a power of e, a sum that
+could not be expanded, or a function of frozen sums. What makes the form canonical, so that a - b is
+empty when a = b:
  - integers under roots are factored: sqrt(12) is 2 sqrt(3), and 1 / sqrt(2) is sqrt(2) / 2;
- - circular and hyperbolic functions are written in exponentials (Euler), e ** (pi i r) at the usual angles in radicals;
- - a power with a symbol above is exp(exponent * ln(base)), and ln of a product is a sum: 4 ** n and 2 ** (2 n) are the same atoms.
-Two things can be left in a - b. Denominators are atoms (sum, -k): `is_zero` multiplies them away. Nested radicals: `sign` proves
-that an algebraic number is zero by interval arithmetic below a root bound. Nothing is approximated, nothing is evaluated as code.
-The work is bounded by fuel, depth, sizes and bits; beyond them, as for anything outside the language, `Unparsed` is raised.
+ - circular and hyperbolic functions are written in exponentials (Euler), e ** (pi i r) at the usual
+   angles in radicals;
+ - a power with a symbol above is exp(exponent * ln(base)), and ln of a product is a sum: 4 ** n and
+   2 ** (2 n) are the same atoms.
+Two things can be left in a - b. Denominators are atoms (sum, -k): `is_zero` multiplies them away.
+Nested radicals: `sign` proves that an algebraic number is zero by interval arithmetic below a root
+bound. Nothing is approximated, nothing is evaluated as code. The work is bounded by fuel, depth,
+sizes and bits; beyond them, as for anything outside the language, `Unparsed` is raised.
 """
+
 import math
 import re
 from fractions import Fraction
 from functools import lru_cache
 
-FUEL = 5000             # of one reading or comparison, in products of two light terms
-BITS = 16000            # of any integer
-LARGEST = 250           # nodes of an atom
-DEPTH = 30              # of nested brackets
-PRIME, NAME, EXP, SUM, CALL = range(5)      # an atom is (kind, x), x an integer, a name, a monomial, a frozen sum, (name, frozen sums)
-I, PI, E = (NAME, "i"), (NAME, r"\pi"), (EXP, ())          # e is exp of the monomial () = 1
+FUEL = 5000  # of one reading or comparison, in products of two light terms
+BITS = 16000  # of any integer
+LARGEST = 250  # nodes of an atom
+DEPTH = 30  # of nested brackets
+# an atom is (kind, x), x an integer, a name, a monomial, a frozen sum, (name, frozen sums)
+PRIME, NAME, EXP, SUM, CALL = range(5)
+I, PI, E = (NAME, "i"), (NAME, r"\pi"), (EXP, ())  # e is exp of the monomial () = 1
 IPI = ((PI, 1), (I, 1))
 HALF = Fraction(1, 2)
 # cos(pi r) for 0 <= r <= 1/2; sin and the rest of the circle follow
-COSINES = {Fraction(*r): cosine for r, cosine in {
-    (0, 1): "1", (1, 12): r"(\sqrt6+\sqrt2)/4", (1, 10): r"\sqrt{10+2\sqrt5}/4", (1, 8): r"\sqrt{2+\sqrt2}/2", (1, 6): r"\sqrt3/2",
-    (1, 5): r"(1+\sqrt5)/4", (1, 4): r"\sqrt2/2", (3, 10): r"\sqrt{10-2\sqrt5}/4", (1, 3): "1/2", (3, 8): r"\sqrt{2-\sqrt2}/2",
-    (2, 5): r"(\sqrt5-1)/4", (5, 12): r"(\sqrt6-\sqrt2)/4", (1, 2): "0"}.items()}
-INVERSES = {"arcsin": [HALF - r for r in COSINES] + [r - HALF for r in COSINES], "arccos": [*COSINES, *(1 - r for r in COSINES)],
-            "arctan": [r * sign for r in COSINES if r < HALF for sign in (1, -1)]}
+COSINES = {
+    Fraction(*r): cosine
+    for r, cosine in {
+        (0, 1): "1",
+        (1, 12): r"(\sqrt6+\sqrt2)/4",
+        (1, 10): r"\sqrt{10+2\sqrt5}/4",
+        (1, 8): r"\sqrt{2+\sqrt2}/2",
+        (1, 6): r"\sqrt3/2",
+        (1, 5): r"(1+\sqrt5)/4",
+        (1, 4): r"\sqrt2/2",
+        (3, 10): r"\sqrt{10-2\sqrt5}/4",
+        (1, 3): "1/2",
+        (3, 8): r"\sqrt{2-\sqrt2}/2",
+        (2, 5): r"(\sqrt5-1)/4",
+        (5, 12): r"(\sqrt6-\sqrt2)/4",
+        (1, 2): "0",
+    }.items()
+}
+INVERSES = {
+    "arcsin": [HALF - r for r in COSINES] + [r - HALF for r in COSINES],
+    "arccos": [*COSINES, *(1 - r for r in COSINES)],
+    "arctan": [r * sign for r in COSINES if r < HALF for sign in (1, -1)],
+}
 TRIGONOMETRIC = set("sin cos tan cot sec csc sinh cosh tanh coth".split())
-FUNCTIONS = TRIGONOMETRIC | set("ln log lg exp arcsin arccos arctan arsinh arcosh artanh "
-                                 "max min gcd lcm det arg deg dim ker tr sgn".split())
+FUNCTIONS = TRIGONOMETRIC | set(
+    "ln log lg exp arcsin arccos arctan arsinh arcosh artanh "
+    "max min gcd lcm det arg deg dim ker tr sgn".split()
+)
 
 
 class Unparsed(Exception):
@@ -42,6 +69,7 @@ class Unparsed(Exception):
 
 
 # ---------------------------------------------------------------- sums
+
 
 def number(x):
     return {(): x} if x else {}
@@ -80,7 +108,9 @@ def negative(s):
 
 def content(s):
     """(c, s / c) with c > 0 rational and the coefficients of s / c coprime integers."""
-    c = Fraction(math.gcd(*(c.numerator for c in s.values())), math.lcm(*(c.denominator for c in s.values())))
+    c = Fraction(
+        math.gcd(*(c.numerator for c in s.values())), math.lcm(*(c.denominator for c in s.values()))
+    )
     if c.denominator.bit_length() > BITS:
         raise Unparsed("number too large")
     return c, {m: (v / c).numerator for m, v in s.items()}
@@ -109,7 +139,8 @@ def nth_root(n, k):
 
 @lru_cache(maxsize=1024)
 def factor(n):
-    """[(p, exponent)] of n > 0 by trial division to 1,000; what is left counts as one prime, or the power of one."""
+    """[(p, exponent)] of n > 0 by trial division to 1,000; what is left counts as one prime, or the
+    power of one."""
     out = []
     if n.bit_length() > 2000:
         raise Unparsed("number too large")
@@ -123,7 +154,7 @@ def factor(n):
             break
     for k in (2, 3, 5, 1):
         root = nth_root(n, k)
-        if n > 1 and root ** k == n:
+        if n > 1 and root**k == n:
             return [*out, (root, k)]
     return out
 
@@ -148,7 +179,8 @@ class Algebra:
             raise Unparsed("too much work")
 
     def inside(self, x):
-        """x, checked to be small enough to sit inside an atom: nested functions could make it grow exponentially."""
+        """x, checked to be small enough to sit inside an atom: nested functions could make it grow
+        exponentially."""
         size = weight(x)
         self.spend(size >> 3)
         if size > LARGEST:
@@ -163,7 +195,8 @@ class Algebra:
             r = rational(s)
             if r is not None:
                 return other if r == 1 else accumulate({}, other, r) if r else {}
-        pairs = len(a) * len(b)                            # a pair costs about 10 us, and as much again for 16 nodes
+        # a pair costs about 10 us, and as much again for 16 nodes
+        pairs = len(a) * len(b)
         self.spend(pairs if pairs < 5 else pairs * (1 + max(map(weight, (*a, *b))) // 16))
         out = {}
         for ma, ca in a.items():
@@ -172,7 +205,8 @@ class Algebra:
         return out
 
     def settle(self, powers):
-        """The product of powers as a sum, each in its range: p ** k and e ** (pi i k) have 0 < k < 1, i is bare, sums are expanded."""
+        """The product of powers as a sum, each in its range: p ** k and e ** (pi i k) have 0 < k <
+        1, i is bare, sums are expanded."""
         exponents = {}
         for a, k in powers:
             exponents[a] = exponents.get(a, 0) + k
@@ -208,17 +242,24 @@ class Algebra:
             raise Unparsed("number too large")
         if not c and k < 0:
             raise Unparsed("division by zero")
-        return c ** k if k >= 0 else Fraction(c.denominator, c.numerator) ** -k if k < -1 else Fraction(c.denominator, c.numerator)
+        return (
+            c**k
+            if k >= 0
+            else Fraction(c.denominator, c.numerator) ** -k
+            if k < -1
+            else Fraction(c.denominator, c.numerator)
+        )
 
     def power(self, s, r):
-        """s ** r for a rational r. An even power under an even root leaves an absolute value; an odd root of a negative number is real."""
+        """s ** r for a rational r. An even power under an even root leaves an absolute value; an
+        odd root of a negative number is real."""
         r = r.numerator if r.denominator == 1 else r
         if r == 1:
             return s
         if not s:
             return number(self.rational_power(0, r if r.denominator == 1 else -1 if r < 0 else 1))
         if len(s) == 1:
-            (m, c), = s.items()
+            ((m, c),) = s.items()
             out = self.root(c, r)
             for a, k in m:
                 if a == I and r.denominator > 1:
@@ -239,7 +280,11 @@ class Algebra:
             return number(self.rational_power(c, r.numerator))
         out = number(1)
         if c < 0:
-            out = number(-1 if r.numerator % 2 else 1) if r.denominator % 2 else self.settle((((EXP, IPI), r),))
+            out = (
+                number(-1 if r.numerator % 2 else 1)
+                if r.denominator % 2
+                else self.settle((((EXP, IPI), r),))
+            )
         return self.mul(out, self.settle([((PRIME, p), k * r) for p, k in factors(abs(c))]))
 
     def exp(self, s):
@@ -258,7 +303,7 @@ class Algebra:
         if not s:
             raise Unparsed("logarithm of zero")
         if len(s) == 1:
-            (m, c), = s.items()
+            ((m, c),) = s.items()
         else:
             c, rest = content(s)
             m = (((SUM, self.freeze(rest)), 1),)
@@ -268,7 +313,13 @@ class Algebra:
             if kind == EXP or a == I:
                 out = add(out, {x: 1} if kind == EXP else {IPI: HALF}, k)
             else:
-                out = add(out, self.call("ln", dict(x) if kind == SUM else number(x) if kind == PRIME else atom(a)), k)
+                out = add(
+                    out,
+                    self.call(
+                        "ln", dict(x) if kind == SUM else number(x) if kind == PRIME else atom(a)
+                    ),
+                    k,
+                )
         return out
 
     def call(self, name, *args):
@@ -283,8 +334,14 @@ class Algebra:
             cos = self.mul(number(HALF), add(up, down))
             sin = self.mul(self.power(j, -1), self.mul(number(HALF), add(up, down, -1)))
             one = number(1)
-            over, under = {"sin": (sin, one), "cos": (cos, one), "tan": (sin, cos), "cot": (cos, sin), "sec": (one, cos),
-                           "csc": (one, sin)}[name.removesuffix("h")]
+            over, under = {
+                "sin": (sin, one),
+                "cos": (cos, one),
+                "tan": (sin, cos),
+                "cot": (cos, sin),
+                "sec": (one, cos),
+                "csc": (one, sin),
+            }[name.removesuffix("h")]
             return self.mul(over, self.power(under, -1))
         if r is not None and name in ("abs", "floor", "ceil"):
             return number({"abs": abs, "floor": math.floor, "ceil": math.ceil}[name](r))
@@ -294,15 +351,19 @@ class Algebra:
             sign = self.sign(x)
             return self.mul(number(c), accumulate({}, x, sign) if sign else self.call(name, x))
         if name in INVERSES and all(algebraic(a) for m in x for a, _ in m):
-            for angle in INVERSES[name]:                   # the usual angles
-                if self.function(name.removeprefix("arc"), {((PI, 1),): angle} if angle else {}) == x:
+            for angle in INVERSES[name]:  # the usual angles
+                if (
+                    self.function(name.removeprefix("arc"), {((PI, 1),): angle} if angle else {})
+                    == x
+                ):
                     return {((PI, 1),): angle} if angle else {}
         return self.call(name, x)
 
     # ------------------------------------------------------------ is it zero?
 
     def is_zero(self, s):
-        """Whether a sum vanishes: multiply its denominators away, then the coefficient of every product of symbols must vanish."""
+        """Whether a sum vanishes: multiply its denominators away, then the coefficient of every
+        product of symbols must vanish."""
         for _ in range(12):
             lowest = {}
             for m in s:
@@ -316,13 +377,18 @@ class Algebra:
             s, before = {}, s
             for m, c in before.items():
                 accumulate(s, self.settle(m + clear), c)
-        return all(any(a[0] == SUM for m in group for a, _ in m) and self.sign(content(group)[1]) == 0 for group in by_symbols(s).values())
+        return all(
+            any(a[0] == SUM for m in group for a, _ in m) and self.sign(content(group)[1]) == 0
+            for group in by_symbols(s).values()
+        )
 
     def sign(self, s):
-        """-1, 0 or 1 for a sum of real radicals with integer coefficients and no denominators; None if it is not one, or too costly.
+        """-1, 0 or 1 for a sum of real radicals with integer coefficients and no denominators; None
+        if it is not one, or too costly.
 
-        s is an algebraic integer; its degree is at most D, the product of the root indices in it; its conjugates are at most 2 ** bits
-        in absolute value, and their product is an integer. So s is 0 or |s| >= 2 ** (-bits * (D - 1)): an enclosure closer to 0 is a proof.
+        s is an algebraic integer; its degree is at most D, the product of the root indices in it;
+        its conjugates are at most 2 ** bits in absolute value, and their product is an integer. So
+        s is 0 or |s| >= 2 ** (-bits * (D - 1)): an enclosure closer to 0 is a proof.
         """
         roots = {}
         if not all(collect(a, k, roots) for m in s for a, k in m):
@@ -343,7 +409,8 @@ def algebraic(a):
 
 
 def by_symbols(s):
-    """{product of symbols: its coefficient}, the coefficients being sums of real algebraic numbers."""
+    """{product of symbols: its coefficient}, the coefficients being sums of real algebraic
+    numbers."""
     groups = {}
     for m, c in s.items():
         inner = tuple(p for p in m if algebraic(p[0]))
@@ -352,20 +419,30 @@ def by_symbols(s):
 
 
 def collect(a, k, roots):
-    """Add the root index of a ** k, and of all roots inside it, to `roots`; False if it is not an algebraic integer."""
+    """Add the root index of a ** k, and of all roots inside it, to `roots`; False if it is not an
+    algebraic integer."""
     roots[a] = math.lcm(roots.get(a, 1), k.denominator)
-    return k > 0 and (a[0] == PRIME or a[0] == SUM and all(collect(b, j, roots) for m, _ in a[1] for b, j in m))
+    return k > 0 and (
+        a[0] == PRIME or a[0] == SUM and all(collect(b, j, roots) for m, _ in a[1] for b, j in m)
+    )
 
 
 def log_bound(s):
     """log2 of a bound on every conjugate of an algebraic sum, rounded up (triangle inequality)."""
-    terms = [c.numerator.bit_length() + sum(math.ceil(k * (x.bit_length() if kind == PRIME else log_bound(dict(x)))) for (kind, x), k in m)
-             for m, c in s.items()]
+    terms = [
+        c.numerator.bit_length()
+        + sum(
+            math.ceil(k * (x.bit_length() if kind == PRIME else log_bound(dict(x))))
+            for (kind, x), k in m
+        )
+        for m, c in s.items()
+    ]
     return max(terms) + len(terms).bit_length()
 
 
 def enclose(s, bits):
-    """Integers (lo, hi) with lo <= s * 2 ** bits <= hi; the root of a negative number is real if its index is odd, Unparsed if even."""
+    """Integers (lo, hi) with lo <= s * 2 ** bits <= hi; the root of a negative number is real if
+    its index is odd, Unparsed if even."""
     low = high = 0
     for m, c in s.items():
         lo = hi = 1 << bits
@@ -394,13 +471,42 @@ def constant(text):
 
 DIGITS = set("0123456789")
 TOKEN = re.compile(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+|\\[A-Za-z]+|\\.|\S")
-OPEN = {"(": ")", "[": "]", "{": "}", r"\{": r"\}", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil", r"\mat": r"\endmat", r"\vmat": r"\endmat"}
+OPEN = {
+    "(": ")",
+    "[": "]",
+    "{": "}",
+    r"\{": r"\}",
+    r"\lfloor": r"\rfloor",
+    r"\lceil": r"\rceil",
+    r"\mat": r"\endmat",
+    r"\vmat": r"\endmat",
+}
 CLOSE = set(OPEN.values())
-SYMBOLS = {"\\" + w for w in "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi pi rho sigma "
-           "tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar aleph beth emptyset "
-           "infty wp angle triangle partial nabla Re Im".split()}
-DECORATIONS = {"\\" + w for w in "mathbb mathcal mathfrak mathscr hat bar overline tilde widehat overrightarrow".split()}
-APPLIED = {*"fghFGHPO", r"\Gamma", r"\zeta", r"\phi", r"\varphi", r"\psi", r"\chi", r"\delta", r"\Phi", r"\wp"}   # f(x + 1) is no product
+SYMBOLS = {
+    "\\" + w
+    for w in "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa "
+    "lambda mu nu xi pi rho sigma "
+    "tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi "
+    "Omega ell hbar aleph beth emptyset "
+    "infty wp angle triangle partial nabla Re Im".split()
+}
+DECORATIONS = {
+    "\\" + w
+    for w in "mathbb mathcal mathfrak mathscr hat bar overline tilde widehat overrightarrow".split()
+}
+# f(x + 1) is no product
+APPLIED = {
+    *"fghFGHPO",
+    r"\Gamma",
+    r"\zeta",
+    r"\phi",
+    r"\varphi",
+    r"\psi",
+    r"\chi",
+    r"\delta",
+    r"\Phi",
+    r"\wp",
+}
 TRANSPOSES = {"T", r"\top", r"\dagger", "*", r"\prime"}
 
 
@@ -432,10 +538,12 @@ def top_level(tok, separators):
 
 
 class Reader:
-    """Recursive descent over tokens. value: the whole; expr: terms; term: factors; factor: a base with what stands above or after it."""
+    """Recursive descent over tokens. value: the whole; expr: terms; term: factors; factor: a base
+    with what stands above or after it."""
 
     def __init__(self, tok, algebra):
-        self.tok, self.at, self.algebra = [*tok, "", "", "", ""], 0, algebra       # "" ends every look ahead
+        # "" ends every look ahead
+        self.tok, self.at, self.algebra = [*tok, "", "", "", ""], 0, algebra
         self.depth, self.bars, self.degrees = 0, 0, False
 
     def value(self):
@@ -480,7 +588,12 @@ class Reader:
         out = self.factor()
         if self.at == start + 1 and self.tok[start][0] in DIGITS and self.peek()[:1] in DIGITS:
             raise Unparsed("two numbers side by side")
-        while (t := self.peek()) and t not in CLOSE and t not in ("+", "-", ",") and not (self.bars and t in ("|", r"\|")):
+        while (
+            (t := self.peek())
+            and t not in CLOSE
+            and t not in ("+", "-", ",")
+            and not (self.bars and t in ("|", r"\|"))
+        ):
             self.take("*", "/")
             minus = t in ("*", "/") and self.take("-")
             right = self.factor()
@@ -496,8 +609,13 @@ class Reader:
             elif t == "!":
                 n, double = rational(out), self.take("!")
                 small = n is not None and n.denominator == 1 and 0 <= n <= 60 and not double
-                out = number(math.factorial(n)) if small else self.algebra.call("!!" if double else "!", out)
-            elif self.degrees:                             # dropped, except where they change the value
+                out = (
+                    number(math.factorial(n))
+                    if small
+                    else self.algebra.call("!!" if double else "!", out)
+                )
+            elif self.degrees:
+                # dropped, except where they change the value
                 out = self.algebra.mul(out, {((PI, 1),): Fraction(1, 180)})
         return out
 
@@ -510,7 +628,9 @@ class Reader:
 
     def script(self):
         """What stands above ^."""
-        if self.peek() in TRANSPOSES or (self.peek() == "{" and self.peek(1) in TRANSPOSES and self.peek(2) == "}"):
+        if self.peek() in TRANSPOSES or (
+            self.peek() == "{" and self.peek(1) in TRANSPOSES and self.peek(2) == "}"
+        ):
             raise Unparsed("a transpose: products commute here")
         return negative(self.base()) if self.take("-") else self.base()
 
@@ -518,7 +638,7 @@ class Reader:
         """The argument of a macro: a group, or one token, of a number its first digit."""
         t = self.peek()
         if len(t) > 1 and t.isdigit():
-            self.tok = self.tok[:self.at] + [t[0], t[1:]] + self.tok[self.at + 1:]
+            self.tok = self.tok[: self.at] + [t[0], t[1:]] + self.tok[self.at + 1 :]
             return number(int(self.next()))
         return self.base()
 
@@ -554,7 +674,12 @@ class Reader:
         if t == r"\binom":
             n, k = self.argument(), self.argument()
             a, b = rational(n), rational(k)
-            small = a is not None and b is not None and a.denominator == b.denominator == 1 and 0 <= b <= a <= 200
+            small = (
+                a is not None
+                and b is not None
+                and a.denominator == b.denominator == 1
+                and 0 <= b <= a <= 200
+            )
             return number(math.comb(a, b)) if small else algebra.call("binom", n, k)
         if t[1:] in FUNCTIONS and t[0] == "\\":
             return self.function(t[1:])
@@ -567,22 +692,32 @@ class Reader:
             raise Unparsed("number")
         x = int(t) if t.isdigit() else Fraction(t)
         x = x.numerator if x.denominator == 1 else x
-        if self.peek() == "_":                             # the base is part of the value
+        if self.peek() == "_":  # the base is part of the value
             return atom((NAME, t + self.subscripts()))
-        if self.peek() == r"\overline" and "." in t and self.peek(2).isdigit() and self.peek(3) == "}":
+        if (
+            self.peek() == r"\overline"
+            and "." in t
+            and self.peek(2).isdigit()
+            and self.peek(3) == "}"
+        ):
             digits, places = self.peek(2)[:300], len(t.partition(".")[2])
             self.at += 4
-            return number(x + Fraction(int(digits), (10 ** len(digits) - 1) * 10 ** places))
-        if t.isdigit() and self.peek() == r"\frac":        # a mixed number, if the fraction is a number below 1
+            return number(x + Fraction(int(digits), (10 ** len(digits) - 1) * 10**places))
+        # a mixed number, if the fraction is a number below 1
+        if t.isdigit() and self.peek() == r"\frac":
             part = self.base()
             r = rational(part)
-            return number(x + r) if r is not None and 0 < r < 1 and x else self.algebra.mul(number(x), part)
+            return (
+                number(x + r)
+                if r is not None and 0 < r < 1 and x
+                else self.algebra.mul(number(x), part)
+            )
         return number(x)
 
     def raw(self):
         """One group or token as text, for a name."""
         end = closing(self.tok, self.at) if self.peek() == "{" else self.at
-        text = "".join(self.tok[self.at:end + 1])
+        text = "".join(self.tok[self.at : end + 1])
         if not text:
             raise Unparsed("expected a name")
         self.at = end + 1
@@ -595,7 +730,8 @@ class Reader:
         return out
 
     def symbol(self, t):
-        """A letter with subscripts and primes; before a parenthesis, an application (one argument list) or a factor (a sum follows)."""
+        """A letter with subscripts and primes; before a parenthesis, an application (one argument
+        list) or a factor (a sum follows)."""
         name = t + (self.raw() if t in DECORATIONS else "") + self.subscripts()
         while self.take("'"):
             name += "'"
@@ -604,8 +740,13 @@ class Reader:
         if name == r"\infty" and "".join(self.tok).strip("{}+") not in (name, "-" + name):
             raise Unparsed("arithmetic with infinity")
         if self.peek() == "(" and name not in ("i", r"\pi"):
-            inner = self.tok[self.at + 1:closing(self.tok, self.at)]
-            if name in APPLIED or name[-1] == "'" or inner[:1] == ["-"] or len(top_level(inner, {"+", "-"})) == 1:
+            inner = self.tok[self.at + 1 : closing(self.tok, self.at)]
+            if (
+                name in APPLIED
+                or name[-1] == "'"
+                or inner[:1] == ["-"]
+                or len(top_level(inner, {"+", "-"})) == 1
+            ):
                 return self.algebra.call(name, *self.arguments())
         return atom((NAME, name))
 
@@ -617,7 +758,8 @@ class Reader:
         return out
 
     def function(self, name):
-        r"""\sin^2 x, \log_2(x), \max\{a, b\}: without brackets the argument is the product that follows, up to the next function."""
+        r"""\sin^2 x, \log_2(x), \max\{a, b\}: without brackets the argument is the product that
+        follows, up to the next function."""
         algebra, subscript, exponent = self.algebra, None, None
         while t := self.take("_", "^"):
             if t == "_":

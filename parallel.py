@@ -1,30 +1,44 @@
-"""Many GPUs and machines: every process runs the same lines of train.py, and this file holds what differs.
+"""Many GPUs and machines: every process runs the same lines of train.py, and this file holds what
+differs.
 
-    torchrun --nproc-per-node 8 train.py --model qwen3-8b                                                   one machine, 8 GPUs
-    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py ...      on each of 4 machines
-    torchrun (the same) train.py --replicas 4 ...                     weights sharded inside each machine, copied to all four (HSDP)
-    torchrun --nproc-per-node 8 eval.py --model qwen3-8b --data aime24 --samples 32                         questions shared out
+    torchrun --nproc-per-node 8 train.py --model qwen3-8b
+        one machine, 8 GPUs
+    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py
+        on each of 4 machines
+    torchrun (the same) train.py --replicas 4 ...
+        weights sharded inside each machine, copied to all four (HSDP)
+    torchrun --nproc-per-node 8 eval.py --model qwen3-8b --data aime24 --samples 32
+        questions shared out
 
-Sampling      each process ("rank") holds a whole copy of the model to sample from, and answers a contiguous share of the step's problems.
-              Noise is named by the problem's place in the whole batch, so any number of ranks draws the same samples.
-Exchange      the graded answers go to every rank: rewards, advantages, metrics and every decision are computed alike everywhere.
-Training      weights, gradients and moments are float32 shards (FSDP2, `fully_shard` of every block); on cuda the model computes in
-              bfloat16, and gradients are summed in float32. The responses of a mini-batch are dealt out by length. A token's weight in
-              the loss follows from the whole mini-batch, so gradients are summed, not averaged, and equal those of one process.
-Files         rank 0 alone prints, logs and writes. A checkpoint is gathered to it, one parameter at a time, before anything is written;
-              the format is that of one process, so a run resumes with any number of ranks. Only rank 0 needs to see the run folder.
+Sampling      each process ("rank") holds a whole copy of the model to sample from, and answers a
+              contiguous share of the step's problems. Noise is named by the problem's place in the
+              whole batch, so any number of ranks draws the same samples.
+Exchange      the graded answers go to every rank: rewards, advantages, metrics and every decision
+              are computed alike everywhere.
+Training      weights, gradients and moments are float32 shards (FSDP2, `fully_shard` of every
+              block); on cuda the model computes in bfloat16, and gradients are summed in float32.
+              The responses of a mini-batch are dealt out by length. A token's weight in the loss
+              follows from the whole mini-batch, so gradients are summed, not averaged, and equal
+              those of one process.
+Files         rank 0 alone prints, logs and writes. A checkpoint is gathered to it, one parameter at
+              a time, before anything is written; the format is that of one process, so a run
+              resumes with any number of ranks. Only rank 0 needs to see the run folder.
 
-All ranks must meet in the same collectives in the same order. Hence: decisions depend on exchanged data only, what one rank decides alone
-goes through `on_first`, and a rank that runs out of micro-batches runs idle ones (`in_step`). In an internal phase no rank runs
-the blocks above l, so these are never gathered and their gradients stay None.
+All ranks must meet in the same collectives in the same order. Hence: decisions depend on exchanged
+data only, what one rank decides alone goes through `on_first`, and a rank that runs out of
+micro-batches runs idle ones (`in_step`). In an internal phase no rank runs the blocks above l, so
+these are never gathered and their gradients stay None.
 
-A rank that dies ends the others with exit code 7: at once where its connection closes, else after NANOBUPO_TIMEOUT seconds (default
-1800: the longest that ranks may wait for each other, be it for a long response or for the disk). The last checkpoint stands.
+A rank that dies ends the others with exit code 7: at once where its connection closes, else after
+NANOBUPO_TIMEOUT seconds (default 1800: the longest that ranks may wait for each other, be it for a
+long response or for the disk). The last checkpoint stands.
 
 With one process there is no process group and no FSDP, and every function here is the identity.
 
-Simplified on purpose: data parallel only. One GPU must hold a copy in bfloat16 to sample from, and while loading the float32 weights.
+Simplified on purpose: data parallel only. One GPU must hold a copy in bfloat16 to sample from, and
+while loading the float32 weights.
 """
+
 import copy
 import os
 import sys
@@ -40,7 +54,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model import Transformer
 
-LOST = 7    # exit code: another rank died or does not answer
+LOST = 7  # exit code: another rank died or does not answer
 
 
 def rank() -> int:
@@ -53,34 +67,49 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the group of processes
 
-def start():
-    """Meet the other ranks, take this rank's GPU, and leave printing to rank 0. Errors of any rank still reach stderr.
 
-    Raises ValueError for a NANOBUPO_TIMEOUT that is no number of seconds, and when torchrun starts more processes than there are GPUs.
+def start():
+    """Meet the other ranks, take this rank's GPU, and leave printing to rank 0. Errors of any rank
+    still reach stderr.
+
+    Raises ValueError for a NANOBUPO_TIMEOUT that is no number of seconds, and when torchrun starts
+    more processes than there are GPUs.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1: return
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
     seconds = os.environ.get("NANOBUPO_TIMEOUT", "1800")
-    if not seconds.isdigit() or int(seconds) < 1: raise ValueError(f"NANOBUPO_TIMEOUT is {seconds!r:.40}: give whole seconds, at least 1")
+    if not seconds.isdigit() or int(seconds) < 1:
+        raise ValueError(f"NANOBUPO_TIMEOUT is {seconds!r:.40}: give whole seconds, at least 1")
     if cuda := torch.cuda.is_available():
         place, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if place >= count: raise ValueError(f"this machine has {count} GPUs: start at most that many processes (--nproc-per-node {count})")
-        torch.cuda.set_device(place)      # from here on "cuda" means this one
-    # answers and metrics travel through gloo as bytes on the CPU, weights and gradients of GPUs through nccl
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=int(seconds)))
-    if rank(): sys.stdout = open(os.devnull, "w")
+        if place >= count:
+            raise ValueError(
+                f"this machine has {count} GPUs: start at most that many processes "
+                f"(--nproc-per-node {count})"
+            )
+        torch.cuda.set_device(place)  # from here on "cuda" means this one
+    # answers and metrics travel through gloo as bytes on the CPU, weights and gradients of GPUs
+    # through nccl
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=int(seconds))
+    )
+    if rank():
+        sys.stdout = open(os.devnull, "w")
 
 
 def stop():
     """Say goodbye to the other ranks."""
-    if dist.is_initialized(): dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def end(code):
-    """Say goodbye to the other ranks and end this process. Under torchrun without taking Python down in order: threads of the group may
-    still be at work, and would abort it with another code."""
+    """Say goodbye to the other ranks and end this process. Under torchrun without taking Python
+    down in order: threads of the group may still be at work, and would abort it with another
+    code."""
     alone = world() == 1
     stop()
     if alone:
@@ -98,32 +127,40 @@ def lost(error) -> bool:
 def leave(line, code):
     """Say a last line on stderr and exit, without waiting for collectives that will never end.
 
-    The other ranks leave rank 0 a second's start: what all would say it says alone, for torchrun ends them as soon as it is gone.
+    The other ranks leave rank 0 a second's start: what all would say it says alone, for torchrun
+    ends them as soon as it is gone.
     """
-    if rank(): time.sleep(1)
+    if rank():
+        time.sleep(1)
     print(f"rank {rank()}: {line}" if rank() else line, file=sys.stderr, flush=True)
-    if world() == 1: sys.exit(code)
+    if world() == 1:
+        sys.exit(code)
     sys.stdout.flush()
     os._exit(code)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # work and its results
 
+
 def share(n: int) -> slice:
-    """This rank's piece of n things in a row: contiguous, and none longer by more than one than another's."""
+    """This rank's piece of n things in a row: contiguous, and none longer by more than one than
+    another's."""
     return slice(n * rank() // world(), n * (rank() + 1) // world())
 
 
 def deal(responses: list) -> list:
-    """This rank's part of responses, dealt out from the longest to the shortest, so that all ranks have about equally much to do."""
-    if world() == 1: return responses
-    return sorted(responses, key=lambda r: -(len(r.prompt) + len(r.ids)))[rank()::world()]
+    """This rank's part of responses, dealt out from the longest to the shortest, so that all ranks
+    have about equally much to do."""
+    if world() == 1:
+        return responses
+    return sorted(responses, key=lambda r: -(len(r.prompt) + len(r.ids)))[rank() :: world()]
 
 
 def collect(items: list) -> list:
     """The lists of all ranks, joined in the order of ranks."""
-    if world() == 1: return items
+    if world() == 1:
+        return items
     parts = [None] * world()
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
@@ -131,7 +168,8 @@ def collect(items: list) -> list:
 
 def total(sums: dict[str, float]) -> dict[str, float]:
     """Sums over all ranks, name by name."""
-    if world() == 1: return sums
+    if world() == 1:
+        return sums
     values = torch.tensor(list(sums.values()), dtype=torch.float64)
     dist.all_reduce(values)
     return dict(zip(sums, values.tolist(), strict=True))
@@ -139,20 +177,24 @@ def total(sums: dict[str, float]) -> dict[str, float]:
 
 def largest(n: int) -> int:
     """The largest of all ranks' numbers."""
-    if world() == 1: return n
+    if world() == 1:
+        return n
     most = torch.tensor(n)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     return most.item()
 
 
 def in_step(batches: list) -> list:
-    """Batches, followed by a None for each that another rank has more: every forward and backward is a meeting of all ranks."""
+    """Batches, followed by a None for each that another rank has more: every forward and backward
+    is a meeting of all ranks."""
     return batches + [None] * (largest(len(batches)) - len(batches))
 
 
 def on_first(f, *args, **kw):
-    """f(*args, **kw), run by rank 0 alone. Every rank returns its result, or raises its exception."""
-    if world() == 1: return f(*args, **kw)
+    """f(*args, **kw), run by rank 0 alone. Every rank returns its result, or raises its
+    exception."""
+    if world() == 1:
+        return f(*args, **kw)
     out = [None]
     if rank() == 0:
         try:
@@ -161,31 +203,45 @@ def on_first(f, *args, **kw):
             out = [(None, e)]
     dist.broadcast_object_list(out, src=0)
     value, error = out[0]
-    if error is not None: raise error
+    if error is not None:
+        raise error
     return value
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # weights
 
-def shard(model, replicas=1, compute=torch.float32):
-    """Shard a model's float32 parameters over the ranks, in place, and return it. Each rank must bring the same weights.
 
-    Blocks are gathered one by one, and then embedding, last norm and unembedding together, as copies of dtype `compute`: the arithmetic of
-    one process, whose weights have that dtype. Their gradients are summed over ranks and micro-batches in float32.
-    replicas  machines (or parts of the world) that hold a full set of shards each: less traffic between them, more memory
+def shard(model, replicas=1, compute=torch.float32):
+    """Shard a model's float32 parameters over the ranks, in place, and return it. Each rank must
+    bring the same weights.
+
+    Blocks are gathered one by one, and then embedding, last norm and unembedding together, as
+    copies of dtype `compute`: the arithmetic of one process, whose weights have that dtype. Their
+    gradients are summed over ranks and micro-batches in float32.
+    replicas  machines (or parts of the world) that hold a full set of shards each: less traffic
+              between them, more memory
     """
-    if replicas < 1 or world() % replicas: raise ValueError(f"--replicas {replicas} must divide the number of processes, {world()}")
-    if world() == 1: return model
-    shape, names = ((world(),), ("shard",)) if replicas == 1 else ((replicas, world() // replicas), ("replica", "shard"))
+    if replicas < 1 or world() % replicas:
+        raise ValueError(f"--replicas {replicas} must divide the number of processes, {world()}")
+    if world() == 1:
+        return model
+    shape, names = (
+        ((world(),), ("shard",))
+        if replicas == 1
+        else ((replicas, world() // replicas), ("replica", "shard"))
+    )
     mesh = init_device_mesh(model.unembedding.device.type, shape, mesh_dim_names=names)
     policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
-    for block in model.blocks: fully_shard(block, mesh=mesh, mp_policy=policy)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)                 # a sum: the loss has been divided by all ranks' tokens already
-            module.set_force_sum_reduction_for_comms(True)         # a plain one, which gloo knows too
+            # a sum: the loss has been divided by all ranks' tokens already
+            module.set_gradient_divide_factor(1.0)
+            # a plain one, which gloo knows too
+            module.set_force_sum_reduction_for_comms(True)
     return model
 
 
@@ -195,8 +251,10 @@ def whole(t):
 
 
 def plain(model, device, dtype=None) -> Transformer:
-    """A model of the same shape in ordinary tensors, its weights not yet filled in; dtype None is the model's."""
-    with torch.device("meta"): out = Transformer(model.config)
+    """A model of the same shape in ordinary tensors, its weights not yet filled in; dtype None is
+    the model's."""
+    with torch.device("meta"):
+        out = Transformer(model.config)
     out.folder = model.folder
     return out.to(dtype or model.unembedding.dtype).to_empty(device=device).requires_grad_(False)
 
@@ -208,8 +266,10 @@ def mine(t):
 
 @torch.no_grad()
 def sampling_copy(model, compute):
-    """The model to sample from: whole, on this rank's device, in the dtype it computes in. One process: the model itself."""
-    if world() == 1: return model
+    """The model to sample from: whole, on this rank's device, in the dtype it computes in. One
+    process: the model itself."""
+    if world() == 1:
+        return model
     out = plain(model, model.unembedding.device, compute)
     refresh(model, out)
     return out
@@ -217,53 +277,85 @@ def sampling_copy(model, compute):
 
 @torch.no_grad()
 def refresh(model, out):
-    """Copy the weights into the model to sample from, in place, one parameter at a time. Cast first: half the bytes on the wire."""
-    if model is out: return
+    """Copy the weights into the model to sample from, in place, one parameter at a time. Cast
+    first: half the bytes on the wire."""
+    if model is out:
+        return
     model.reshard()
-    for p, q in zip(model.parameters(), out.parameters(), strict=True): q.copy_(whole(p.detach().to(q.dtype)))
+    for p, q in zip(model.parameters(), out.parameters(), strict=True):
+        q.copy_(whole(p.detach().to(q.dtype)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # checkpoints
+
 
 @torch.no_grad()
 def gather(model, optimizer):
-    """Model and optimizer in ordinary tensors on the CPU of rank 0; (None, None) on the others. One process: what came in.
+    """Model and optimizer in ordinary tensors on the CPU of rank 0; (None, None) on the others. One
+    process: what came in.
 
-    A parameter or moment at a time is whole on the GPUs; all of them are so on the host of rank 0 only.
+    A parameter or moment at a time is whole on the GPUs; all of them are so on the host of rank 0
+    only.
     """
-    if world() == 1: return model, optimizer
+    if world() == 1:
+        return model, optimizer
     model.reshard()
-    def keep(t): return t if rank() or not isinstance(t, torch.Tensor) else t.cpu()
+
+    def keep(t):
+        return t if rank() or not isinstance(t, torch.Tensor) else t.cpu()
+
     out, flat = (plain(model, "cpu"), copy.copy(optimizer)) if rank() == 0 else (None, None)
     twins = dict(out.named_parameters()) if out else {}
     state = defaultdict(dict)
     for name, p in model.named_parameters():
         full = whole(p)
-        if out: twins[name].copy_(full)
-        moments = {key: keep(whole(value)) for key, value in sorted(optimizer.state.get(p, {}).items())}
-        if out and moments: state[twins[name]] = moments
+        if out:
+            twins[name].copy_(full)
+        moments = {
+            key: keep(whole(value)) for key, value in sorted(optimizer.state.get(p, {}).items())
+        }
+        if out and moments:
+            state[twins[name]] = moments
         del full, moments
     if out:
         ours = {p: twins[name] for name, p in model.named_parameters()}
-        flat.state, flat.param_groups = state, [{**g, "params": [ours[p] for p in g["params"]]} for g in optimizer.param_groups]
+        flat.state, flat.param_groups = (
+            state,
+            [{**g, "params": [ours[p] for p in g["params"]]} for g in optimizer.param_groups],
+        )
     return out, flat
 
 
 @torch.no_grad()
 def scatter(out, flat, model, optimizer):
-    """The way back: from rank 0's ordinary model and optimizer each rank takes its shards. One process: nothing to do."""
-    if world() == 1: return
+    """The way back: from rank 0's ordinary model and optimizer each rank takes its shards. One
+    process: nothing to do."""
+    if world() == 1:
+        return
     model.reshard()
 
     def fill(t, full):
-        full = full.to(t.device) if rank() == 0 else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        full = (
+            full.to(t.device)
+            if rank() == 0
+            else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        )
         t.to_local().copy_(distribute_tensor(full, t.device_mesh, t.placements).to_local())
 
     twins = dict(out.named_parameters()) if rank() == 0 else {}
-    # moments that have their parameter's shape are announced by their dtype and follow; the rest, step counts, are in the table itself
-    table = on_first(lambda: {name: {key: v.dtype if isinstance(v, torch.Tensor) and v.dim() else v for key, v in flat.state[q].items()}
-                              for name, q in twins.items() if q in flat.state})
+    # moments that have their parameter's shape are announced by their dtype and follow; the rest,
+    # step counts, are in the table itself
+    table = on_first(
+        lambda: {
+            name: {
+                key: v.dtype if isinstance(v, torch.Tensor) and v.dim() else v
+                for key, v in flat.state[q].items()
+            }
+            for name, q in twins.items()
+            if q in flat.state
+        }
+    )
     optimizer.state.clear()
     for name, p in model.named_parameters():
         fill(p, twins.get(name))
@@ -272,5 +364,11 @@ def scatter(out, flat, model, optimizer):
                 optimizer.state[p][key] = torch.zeros_like(p, dtype=value)
                 fill(optimizer.state[p][key], flat.state[twins[name]][key] if rank() == 0 else None)
             else:
-                home = p.device if optimizer.defaults.get("fused") or optimizer.defaults.get("capturable") else "cpu"
-                optimizer.state[p][key] = value.to(home) if isinstance(value, torch.Tensor) else value
+                home = (
+                    p.device
+                    if optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+                    else "cpu"
+                )
+                optimizer.state[p][key] = (
+                    value.to(home) if isinstance(value, torch.Tensor) else value
+                )

@@ -1,12 +1,14 @@
-"""Settings that belong to a model and its problems, by name: `python train.py --recipe words`. Flags that are given override them."""
+"""Settings that belong to a model and its problems, by name: `python train.py --recipe words`.
+Flags that are given override them."""
 
 import tiny
 
 RECIPES = {
     # the embedded default: minutes on two CPU cores, nothing to download
     "tiny": tiny.DEFAULTS,
-    # the second thing to do: a real pretrained model, word problems of one operation, about ten minutes on two CPU cores. At
-    # temperature 1 so small a model rambles; its template's own system message is what it was tuned with
+    # the second thing to do: a real pretrained model, word problems of one operation, about ten
+    # minutes on two CPU cores. At temperature 1 so small a model rambles; its template's own system
+    # message is what it was tuned with
     "words": dict(
         model="smollm2-135m-instruct",
         data="words",
@@ -23,7 +25,8 @@ RECIPES = {
         lr=2e-5,
         save_every=10,
     ),
-    # what everybody asks for, sized for one 24 GB card; not yet run. Others take .29 to .50 in 20 steps and .69 in 50 with it
+    # what everybody asks for, sized for one 24 GB card; not yet run. Others take .29 to .50 in 20
+    # steps and .69 in 50 with it
     "gsm8k": dict(
         model="qwen3-0.6b",
         data="gsm8k",

@@ -1,5 +1,5 @@
-"""Files and texts that anyone may have written: rows of a JSONL log, read as far as they are rows, and texts as a terminal may
-show them."""
+"""Files and texts that anyone may have written: rows of a JSONL log, read as far as they are rows,
+and texts as a terminal may show them."""
 
 import json
 import re
@@ -30,8 +30,9 @@ def read_rows(path, is_row=None):
 
 
 def each_row(path):
-    """Yield every line of a JSONL file as the object it holds, or None where it is none: torn by a kill or a full disk, zeros after
-    a power cut, edited. A missing file is an empty one; blank lines are passed over."""
+    """Yield every line of a JSONL file as the object it holds, or None where it is none: torn by a
+    kill or a full disk, zeros after a power cut, edited. A missing file is an empty one; blank
+    lines are passed over."""
     if not Path(path).exists():
         return
     with open(path, "rb") as lines:  # bytes: a line ends at \n, and not at U+2028 inside a text

@@ -1,9 +1,12 @@
-r"""Decide whether the final answer of a response equals the gold answer: strings first, then exact arithmetic.
+r"""Decide whether the final answer of a response equals the gold answer: strings first, then exact
+arithmetic.
 
     verify(response, gold) -> bool                the reward
     grade(response, gold) -> Verdict              the same with the extracted answer and the reason
-    extract(response) -> str | None               the final answer alone;   equal(answer, gold) -> bool   the comparison alone
-    hendrycks(response, gold) -> bool             the string-equality reward of the reference, for replication
+    extract(response) -> str | None               the final answer alone;   equal(answer, gold) ->
+                                                  bool   the comparison alone
+    hendrycks(response, gold) -> bool             the string-equality reward of the reference, for
+                                                  replication
 
 What counts as right:
  1. Only text after the last </think> counts; an unclosed <think> has no answer.
@@ -21,15 +24,18 @@ What counts as right:
     their brackets count. In k = 4, n = 2 the names give the order.
  8. x = v equals v; x > 2 equals (2, oo), as does f(x) > 2; R equals (-oo, oo); f(x) = v is y = v.
  9. The base subscript of a number is part of the value: 52_8 is not 52.
-10. Multiple choice by the leading letter; yes, no, true, false by the leading word when the opposite does not follow.
+10. Multiple choice by the leading letter; yes, no, true, false by the leading word when the
+    opposite does not follow.
 11. a \frac{b}{c} with integers b < c is a mixed number.
 12. a:b is a ratio, 1:2 = 2:4 = 1/2, but two answers of the form h:mm may be times of day: they are
     equal if their digits are; a.m. is not p.m. h:mm equals the fraction h/mm in lowest terms only.
 
-How: `clean` rewrites LaTeX and prose to a small core, `read` turns its tokens into a shape (value, set, tuple, union, matrix, ...), `same`
-compares two shapes; values are exact, see exact.py. Work is bounded by construction (length, depth, fuel): there is no clock, signal,
-thread or process, and nothing of the text is ever executed.
+How: `clean` rewrites LaTeX and prose to a small core, `read` turns its tokens into a shape (value,
+set, tuple, union, matrix, ...), `same` compares two shapes; values are exact, see exact.py. Work is
+bounded by construction (length, depth, fuel): there is no clock, signal, thread or process, and
+nothing of the text is ever executed.
 """
+
 import re
 from fractions import Fraction
 from functools import lru_cache
@@ -53,18 +59,23 @@ from exact import (
     top_level,
 )
 
-LONGEST = 600           # characters of an answer that is compared other than as a string; the longest of 5,600 gold answers has 133
+# characters of an answer that is compared other than as a string; the longest of 5,600 gold answers
+# has 133
+LONGEST = 600
 
 
 class Verdict(NamedTuple):
-    """`reason` is "equal: <rule>", "different", "no answer" or "unparsed" (the answer, or the comparison, was beyond the reader)."""
+    """`reason` is "equal: <rule>", "different", "no answer" or "unparsed" (the answer, or the
+    comparison, was beyond the reader)."""
+
     correct: bool
     extracted: str | None
     reason: str
 
 
 def verify(response, gold):
-    """True if the final answer of `response` equals `gold`. Any two strings are allowed; none raises."""
+    """True if the final answer of `response` equals `gold`. Any two strings are allowed; none
+    raises."""
     return grade(response, gold).correct
 
 
@@ -111,7 +122,7 @@ HEDGED = re.compile(
 AND = re.compile(r"\s*(?:,\s*and|,\s*or|,|;|and|or)\s*")
 VERB = re.compile(r"\s*(?:[:=]|(?:is|are|equals?|must|can|has|have|will|should|would)\b)")
 BOX = re.compile(r"\\(?:boxed|fbox)")
-FULL_STOP = re.compile(r"[.!?](?=[\s$*)\\]|$)")           # between the boxes of two sentences
+FULL_STOP = re.compile(r"[.!?](?=[\s$*)\\]|$)")  # between the boxes of two sentences
 LABEL = re.compile(r"(?<![A-Za-z\\])([A-Za-z](?:_\w|_\{\w+\})?)\s*=[\s$]*$")
 NOT = re.compile(r"\b(?:not|neither|nor|never)[\s$(\\]*$", re.I)
 LINK = re.compile(r"[,;&]|\b(?:and|or)\b")
@@ -137,7 +148,7 @@ def extract(response):
     elif "<answer>" in tail:
         found = tail.rpartition("<answer>")[2].partition("</answer>")[0]
     elif cues := list(CUE.finditer(tail)):
-        found = stated(tail[cues[-1].end():])
+        found = stated(tail[cues[-1].end() :])
     else:
         numbers = NUMBER.findall(tail)
         found = numbers[-1] if numbers else ""
@@ -156,7 +167,7 @@ def stated(text):
     for part in (main, sentence):
         verbs = list(IS.finditer(part))
         if verbs:
-            after = part[verbs[-1].end():]
+            after = part[verbs[-1].end() :]
             return formulas(after)[0] or after
     inline = [inside(m) for m in MATH.finditer(sentence)]
     if not inline or HEDGED.search(sentence):
@@ -197,24 +208,24 @@ def unbox(text, start):
     """The argument of the box command at `start`, and where it ends: a group of up to 4,000
     characters, or one word. None for an empty or unclosed one."""
     start += len(BOX.match(text, start)[0])
-    start += len(re.match(r"\s{0,100}", text[start:start + 100])[0])
-    if text[start:start + 1] != "{":
-        word = re.match(r"[^\s$]{1,200}", text[start:start + 200])
+    start += len(re.match(r"\s{0,100}", text[start : start + 100])[0])
+    if text[start : start + 1] != "{":
+        word = re.match(r"[^\s$]{1,200}", text[start : start + 200])
         return (word[0].rstrip(".,;*") or None, start + word.end()) if word else (None, start)
     depth, at, end = 0, start, min(len(text), start + 4000)
     while at < end:
         c = text[at]
-        at += 2 if c == "\\" else 1                       # \{ and \} do not nest
+        at += 2 if c == "\\" else 1  # \{ and \} do not nest
         depth += (c == "{") - (c == "}")
         if depth == 0:
-            return text[start + 1:at - 1].strip() or None, at
+            return text[start + 1 : at - 1].strip() or None, at
     return None, end
 
 
 def boxes(response, most=64):
     """The contents of all boxes of the last sentence that has one, or [] where they are no list."""
     text = response.rpartition("</think>")[2]
-    found, right = [], None                                # `right` is where the box after starts
+    found, right = [], None  # `right` is where the box after starts
     start = last_command(text, len(text))
     while start >= 0:
         content, end = unbox(text, start)
@@ -227,7 +238,7 @@ def boxes(response, most=64):
                 return []
         if content is None:
             return []
-        before = text[max(0, start - 40):start]
+        before = text[max(0, start - 40) : start]
         if NOT.search(before):
             return []
         label = LABEL.search(before)
@@ -239,51 +250,180 @@ def boxes(response, most=64):
 
 # ---------------------------------------------------------------- cleaning
 
-UNICODE = str.maketrans({
-    "−": "-", "–": "-", "—": "-", "×": "*", "·": "*", "⋅": "*", "∗": "*", "÷": "/", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ",
-    "∞": r"\infty ", "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "≈": r"\approx ", "√": r"\sqrt ", "∖": r"\setminus ",
-    "°": r"\degree ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}",
-    "′": "'", "’": "'", "，": ",", "²": "^{2}", "³": "^{3}", "⁴": "^{4}", "ⁿ": "^{n}", "₀": "_0", "₁": "_1", "₂": "_2", "₃": "_3", "⟨": "(",
-    "⟩": ")", "（": "(", "）": ")", "½": r"\frac{1}{2}",
-    "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "€": "", "£": "", "¥": "", "¢": "", "\u00a0": " ", "\u2009": " ",
-    "\u202f": " ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "ε": r"\epsilon ", "θ": r"\theta ", "λ": r"\lambda ",
-    "μ": r"\mu ", "π": r"\pi ", "ρ": r"\rho ", "σ": r"\sigma ", "τ": r"\tau ", "φ": r"\phi ", "ω": r"\omega ", "Δ": r"\Delta ",
-    "Γ": r"\Gamma "})
-MACROS = {"\\" + old: new for olds, new in (
-    ("left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle scriptstyle limits ! $ ( ) [ ] pounds", ""),
-    (", ; : ~ quad qquad space thinspace", " "), ("dfrac tfrac cfrac", r"\frac"), ("dbinom tbinom", r"\binom"), ("leq leqslant", r"\le"),
-    ("geq geqslant", r"\ge"), ("neq", r"\ne"), ("lt", "<"), ("gt", ">"), ("cdot times ast", "*"), ("div", "/"),
-    ("Vert lVert rVert", r"\|"), ("lbrace", r"\{"), ("rbrace", r"\}"), ("langle", "("), ("rangle", ")"), ("lbrack", "["), ("rbrack", "]"),
-    ("varnothing", r"\emptyset"), ("bigcup", r"\cup"), ("backslash", r"\setminus"), ("R reals", r"\mathbb{R}"), ("%", "%"), ("degree", "°"),
-    ("Bbb", r"\mathbb"), ("dots ldots", r"\cdots"), ("vert lvert rvert mid", "|")) for old in olds.split()} | {"\\ ": " "}
+UNICODE = str.maketrans(
+    {
+        "−": "-",
+        "–": "-",
+        "—": "-",
+        "×": "*",
+        "·": "*",
+        "⋅": "*",
+        "∗": "*",
+        "÷": "/",
+        "≤": r"\le ",
+        "≥": r"\ge ",
+        "≠": r"\ne ",
+        "±": r"\pm ",
+        "∞": r"\infty ",
+        "∪": r"\cup ",
+        "∈": r"\in ",
+        "∅": r"\emptyset ",
+        "≈": r"\approx ",
+        "√": r"\sqrt ",
+        "∖": r"\setminus ",
+        "°": r"\degree ",
+        "ℝ": r"\mathbb{R}",
+        "ℤ": r"\mathbb{Z}",
+        "ℕ": r"\mathbb{N}",
+        "ℚ": r"\mathbb{Q}",
+        "ℂ": r"\mathbb{C}",
+        "′": "'",
+        "’": "'",
+        "，": ",",
+        "²": "^{2}",
+        "³": "^{3}",
+        "⁴": "^{4}",
+        "ⁿ": "^{n}",
+        "₀": "_0",
+        "₁": "_1",
+        "₂": "_2",
+        "₃": "_3",
+        "⟨": "(",
+        "⟩": ")",
+        "（": "(",
+        "）": ")",
+        "½": r"\frac{1}{2}",
+        "¼": r"\frac{1}{4}",
+        "¾": r"\frac{3}{4}",
+        "€": "",
+        "£": "",
+        "¥": "",
+        "¢": "",
+        "\u00a0": " ",
+        "\u2009": " ",
+        "\u202f": " ",
+        "α": r"\alpha ",
+        "β": r"\beta ",
+        "γ": r"\gamma ",
+        "δ": r"\delta ",
+        "ε": r"\epsilon ",
+        "θ": r"\theta ",
+        "λ": r"\lambda ",
+        "μ": r"\mu ",
+        "π": r"\pi ",
+        "ρ": r"\rho ",
+        "σ": r"\sigma ",
+        "τ": r"\tau ",
+        "φ": r"\phi ",
+        "ω": r"\omega ",
+        "Δ": r"\Delta ",
+        "Γ": r"\Gamma ",
+    }
+)
+MACROS = {
+    "\\" + old: new
+    for olds, new in (
+        (
+            "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle "
+            "scriptstyle limits ! $ ( ) [ ] pounds",
+            "",
+        ),
+        (", ; : ~ quad qquad space thinspace", " "),
+        ("dfrac tfrac cfrac", r"\frac"),
+        ("dbinom tbinom", r"\binom"),
+        ("leq leqslant", r"\le"),
+        ("geq geqslant", r"\ge"),
+        ("neq", r"\ne"),
+        ("lt", "<"),
+        ("gt", ">"),
+        ("cdot times ast", "*"),
+        ("div", "/"),
+        ("Vert lVert rVert", r"\|"),
+        ("lbrace", r"\{"),
+        ("rbrace", r"\}"),
+        ("langle", "("),
+        ("rangle", ")"),
+        ("lbrack", "["),
+        ("rbrack", "]"),
+        ("varnothing", r"\emptyset"),
+        ("bigcup", r"\cup"),
+        ("backslash", r"\setminus"),
+        ("R reals", r"\mathbb{R}"),
+        ("%", "%"),
+        ("degree", "°"),
+        ("Bbb", r"\mathbb"),
+        ("dots ldots", r"\cdots"),
+        ("vert lvert rvert mid", "|"),
+    )
+    for old in olds.split()
+} | {"\\ ": " "}
 MACRO = re.compile(r"\\(?:[A-Za-z]+|.)", re.S)
 SIMPLE = re.compile(r"-?[0-9]+")
 FONTS = ("mathit", "mathbf", "boldsymbol", "bm", "vec", "pmb", "underline")
-TEXT = re.compile(r"\\(text[a-z]*|mbox|hbox|mathrm|operatorname\*?|mathsf|mathtt|" + "|".join(FONTS) + r")\s*\{([^{}]*)\}")
-UNIT = r"(?:(?:cm|mm|km|dm|kg|mg|ml|mL|mph|ft|in|lbs?|oz|hrs?|sec|min|deg|mi|m/s|km/h)\b|\s(?:per|sq|USD|day|[A-Za-z][a-z]{3,})\b)"
-EARLY = [(re.compile(old), new) for old, new in (
-    (r"\\(?:left|right)\s*\.|\\(?:text)?color\{[a-z]*\}", ""), (r"\\mathcal\s*\{?O\}?", "O"),
-    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
-    (r"^(-?[0-9]+\.[0-9]+)e([+-]?[0-9]{1,3})$|^(-?[0-9]+)e\+?([0-9]{1,3})$", r"\1\3*10^{\2\4}"), (r"\\\{\s*\\\}", r"\\emptyset "),
-    (r"\{,\}|,\\!\s*", ","), (r"(?<=[0-9])\\,(?=[0-9]{3})", ""))]
-GROUPS = [(re.compile(old), new) for old, new in (
-    (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})", "°"),
-    (r"\\begin\{[pbB]?(?:small)?(?:matrix|array)\}(?:\{[^{}]*\})?", r"\\mat "), (r"\\begin\{[vV]matrix\}", r"\\vmat "),
-    (r"\\end\{[vVpbB]?(?:small)?(?:matrix|array)\}", r"\\endmat "))]
+TEXT = re.compile(
+    r"\\(text[a-z]*|mbox|hbox|mathrm|operatorname\*?|mathsf|mathtt|"
+    + "|".join(FONTS)
+    + r")\s*\{([^{}]*)\}"
+)
+UNIT = r"(?:(?:cm|mm|km|dm|kg|mg|ml|mL|mph|ft|in|lbs?|oz|hrs?|sec|min|deg|mi|m/s|km/h)\b|\s(?:per|sq|USD|day|[A-Za-z][a-z]{3,})\b)"  # noqa: E501
+EARLY = [
+    (re.compile(old), new)
+    for old, new in (
+        (r"\\(?:left|right)\s*\.|\\(?:text)?color\{[a-z]*\}", ""),
+        (r"\\mathcal\s*\{?O\}?", "O"),
+        (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
+        (r"^(-?[0-9]+\.[0-9]+)e([+-]?[0-9]{1,3})$|^(-?[0-9]+)e\+?([0-9]{1,3})$", r"\1\3*10^{\2\4}"),
+        (r"\\\{\s*\\\}", r"\\emptyset "),
+        (r"\{,\}|,\\!\s*", ","),
+        (r"(?<=[0-9])\\,(?=[0-9]{3})", ""),
+    )
+]
+GROUPS = [
+    (re.compile(old), new)
+    for old, new in (
+        (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})", "°"),
+        (r"\\begin\{[pbB]?(?:small)?(?:matrix|array)\}(?:\{[^{}]*\})?", r"\\mat "),
+        (r"\\begin\{[vV]matrix\}", r"\\vmat "),
+        (r"\\end\{[vVpbB]?(?:small)?(?:matrix|array)\}", r"\\endmat "),
+    )
+]
 # a measure as it may be written: its name
 UNITS = {}
 for forms in (
-    "second sec s", "minute min", "hour hr h", "day", "week", "month", "year", "cent", "dollar USD",
-    "euro", "degree deg", "radian rad", "inch inche in", "foot feet ft", "yard yd", "mile mi",
-    "millimeter millimetre mm", "centimeter centimetre cm", "decimeter decimetre dm",
-    "meter metre m", "kilometer kilometre km", "milligram mg", "gram g", "kilogram kg",
-    "pound lb", "ounce oz", "milliliter millilitre ml mL", "liter litre l L",
+    "second sec s",
+    "minute min",
+    "hour hr h",
+    "day",
+    "week",
+    "month",
+    "year",
+    "cent",
+    "dollar USD",
+    "euro",
+    "degree deg",
+    "radian rad",
+    "inch inche in",
+    "foot feet ft",
+    "yard yd",
+    "mile mi",
+    "millimeter millimetre mm",
+    "centimeter centimetre cm",
+    "decimeter decimetre dm",
+    "meter metre m",
+    "kilometer kilometre km",
+    "milligram mg",
+    "gram g",
+    "kilogram kg",
+    "pound lb",
+    "ounce oz",
+    "milliliter millilitre ml mL",
+    "liter litre l L",
 ):
     for form in forms.split():
         UNITS[form] = forms.split()[0]
         if len(form) > 1:
             UNITS[form + "s"] = forms.split()[0]
-MEASURED = r"\measure"                                     # the macro that stands for a unit
+MEASURED = r"\measure"  # the macro that stands for a unit
 SQUARE = re.compile(r"\bsq(?:uared?)?\b|\^\s*\{?2")
 CUBIC = re.compile(r"\bcub(?:ic|ed)\b|\^\s*\{?3")
 
@@ -303,15 +443,13 @@ def unit(m):
     return f" {MEASURED}{power}{''.join(names)}" if names or power != "A" else ""
 
 
-TEXT_AT_END = re.compile(
-    r"(?<=[^\s\x02,=:])(?:\s*\x02[^\x03]*\x03(?:\s*\^\s*\{?[23]\}?)?)+[\s.]*$"
-)
+TEXT_AT_END = re.compile(r"(?<=[^\s\x02,=:])(?:\s*\x02[^\x03]*\x03(?:\s*\^\s*\{?[23]\}?)?)+[\s.]*$")
 WORDS_AT_END = re.compile(
     r"(?:(?<=[0-9})!%°])|(?<=\\pi))"
     r"(?:(?:\s|\s?/\s?)?" + UNIT + r"\.?(?:\s*\^\s*\{?[23]\}?)?)+$"
 )
 LONG = "|".join(sorted((form for form in UNITS if len(form) > 3), key=len, reverse=True))
-MEASURE = re.compile(                                      # after a number, also inside a list
+MEASURE = re.compile(  # after a number, also inside a list
     r"(?:(?<=[0-9})!%°])|(?<=\\pi)|(?<=\\pi ))"
     rf" ?(?:(?:square|cubic|sq\.?) )?(?:{LONG}|cm|mm|km|kg|mg|ft|yd|lbs?|hrs?|mph)\b"
     rf"(?: ?(?:per|/) ?(?:{LONG}|h|s)\b)?(?:\s*\^\s*\{{?[23]\}}?)?"
@@ -322,23 +460,38 @@ HALF_OF_DAY = re.compile(
     r"|(?<=[0-9])\s*\x02?\s*(noon|midnight)\b",
     re.I,
 )
-PROSE = [(re.compile(old), new) for old, new in (
-    (r"[\x02\x03\s]+", " "), (r"^[ ,;:=*\"`]+|[ .,;:*\"`]+$", ""))]
+PROSE = [
+    (re.compile(old), new)
+    for old, new in ((r"[\x02\x03\s]+", " "), (r"^[ ,;:=*\"`]+|[ .,;:*\"`]+$", ""))
+]
 WORDY = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2}|\\approx|[0-9] [0-9]")
-WORDS = [(re.compile(old), new) for old, new in (
-    (r"^(?:\\approx|(?i:(?:the )?(?:(?:final|correct) )?(?:answer|option|choice)(?: is)?\b:?)) ?", ""),
-    (r"^(?:the )?empty set$", r"\\emptyset "),
-    (r",?\s\b(?:and|or)\b\s", ", "),
-    (r"(?<=[0-9)\]}])\s?,?\s?(?:and|or)\s?(?=[-0-9(\[{\\]|[A-Za-z]\w* ?[=(])", ", "),
-    (r"(?:\s*\bper ?cent|(?<=[0-9)}])\s?(?:per ?cent|pct)\b)\.?(?= ?(?:$|,))", "%"),
-    (r"(?i:(?<![A-Za-z\\])\+?(?:infinity|infinite|infinitely many|inf|oo)(?![A-Za-z]))", r"\\infty "),
-    (r"(?i:^(?:the )?(?:set of )?(?:all )?real(?:s| numbers)$)", r"\\mathbb{R}"),
-    (WORDS_AT_END, unit), (MEASURE, unit),
-    (r"(?<![\\A-Za-z])((?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp|sqrt|pi|gcd|lcm|max|min)(?=\s*(?:[0-9_(^\\{}*/+-]|[a-z]\b|$))",
-     r"\\\1 "),
-    (r"(?<![0-9A-Za-z.}])([0-9]+) ([0-9]+)/([0-9]+)(?![0-9])", r"\1\\frac{\2}{\3}"))]
+WORDS = [
+    (re.compile(old), new)
+    for old, new in (
+        (
+            r"^(?:\\approx|(?i:(?:the )?(?:(?:final|correct) )?(?:answer|option|choice)(?: is)?\b:?)) ?",  # noqa: E501
+            "",
+        ),
+        (r"^(?:the )?empty set$", r"\\emptyset "),
+        (r",?\s\b(?:and|or)\b\s", ", "),
+        (r"(?<=[0-9)\]}])\s?,?\s?(?:and|or)\s?(?=[-0-9(\[{\\]|[A-Za-z]\w* ?[=(])", ", "),
+        (r"(?:\s*\bper ?cent|(?<=[0-9)}])\s?(?:per ?cent|pct)\b)\.?(?= ?(?:$|,))", "%"),
+        (
+            r"(?i:(?<![A-Za-z\\])\+?(?:infinity|infinite|infinitely many|inf|oo)(?![A-Za-z]))",
+            r"\\infty ",
+        ),
+        (r"(?i:^(?:the )?(?:set of )?(?:all )?real(?:s| numbers)$)", r"\\mathbb{R}"),
+        (WORDS_AT_END, unit),
+        (MEASURE, unit),
+        (
+            r"(?<![\\A-Za-z])((?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp|sqrt|pi|gcd|lcm|max|min)(?=\s*(?:[0-9_(^\\{}*/+-]|[a-z]\b|$))",  # noqa: E501
+            r"\\\1 ",
+        ),
+        (r"(?<![0-9A-Za-z.}])([0-9]+) ([0-9]+)/([0-9]+)(?![0-9])", r"\1\\frac{\2}{\3}"),
+    )
+]
 THOUSANDS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
-SPACED = re.compile(                                       # 1 000
+SPACED = re.compile(  # 1 000
     r"(?<![0-9.,_^\\}])(?<![0-9._^}] )[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9/]| [0-9])"
 )
 
@@ -358,7 +511,8 @@ def clean(s):
     if "\\" in s:
         for old, new in GROUPS:
             s = old.sub(new, s)
-        for _ in range(3):                                 # a \text inside a \text is as deep as models go
+        # a \text inside a \text is as deep as models go
+        for _ in range(3):
             s = TEXT.sub(untext, s)
     s = HALF_OF_DAY.sub(half_of_day, s)
     s = TEXT_AT_END.sub(unit, s)
@@ -371,13 +525,14 @@ def clean(s):
         s = SPACED.sub(lambda m: m[0].replace(" ", ""), s)
     if "=" in s:
         s = s.replace("!=", r"\ne ").replace("<=", r"\le ").replace(">=", r"\ge ")
-    if not ("(" in s or "[" in s or r"\{" in s):           # inside brackets a comma separates
+    if not ("(" in s or "[" in s or r"\{" in s):  # inside brackets a comma separates
         s = THOUSANDS.sub(lambda m: m[0].replace(",", ""), s)
     return s.strip()
 
 
 def untext(m):
-    r"""What is left of one \text{...}: prose between two marks, a plain letter, or the name of a function."""
+    r"""What is left of one \text{...}: prose between two marks, a plain letter, or the name of a
+    function."""
     kind, content = m[1], m[2].strip()
     if kind in FONTS or (kind == "mathrm" and content in ("e", "i", "d")):
         return content
@@ -449,7 +604,7 @@ def equal_set(parts, gold):
     if not y or y[0] != "set" or len(parts) not in (len(y[1]), len(spread(y[1]))):
         return False
     xs = [shape(part)[1] for part in parts]
-    if not all(xs) or assigns(xs) != assigns(y[1]):        # x = 6 and y = 24 are no set
+    if not all(xs) or assigns(xs) != assigns(y[1]):  # x = 6 and y = 24 are no set
         return False
     try:
         return matched(xs, y[1], Algebra())
@@ -459,7 +614,8 @@ def equal_set(parts, gold):
 
 @lru_cache(maxsize=4096)
 def shape(text):
-    """(the text without what does not show, its shape or None). Cached: a gold answer is compared with many responses."""
+    """(the text without what does not show, its shape or None). Cached: a gold answer is compared
+    with many responses."""
     s = clean(text)
     try:
         out = worded(s) or read(tokens(s), Algebra())
@@ -471,7 +627,7 @@ def shape(text):
 def worded(s):
     """The shape of an answer in words, or by a letter of multiple choice, or None."""
     lead = LEAD.match(s)
-    if lead and not re.search(rf"\b{OPPOSITE[lead[1].lower()]}\b", s[lead.end():], re.I):
+    if lead and not re.search(rf"\b{OPPOSITE[lead[1].lower()]}\b", s[lead.end() :], re.I):
         return "word", lead[1].lower()
     choice = CHOICE.fullmatch(s)
     if choice and not SECOND.search(s, 3):
@@ -502,13 +658,18 @@ def read(tok, algebra, depth=0):
         return inner(tok[1:-1])
     if whole and tok[0] in (r"\mat", r"\vmat"):
         rows = [row for row in top_level(tok[1:-1], {"\\\\"})[::2] if row]
-        return "matrix" + tok[0], [[inner(cell) for cell in top_level(row, {"&"})[::2]] for row in rows]
+        return "matrix" + tok[0], [
+            [inner(cell) for cell in top_level(row, {"&"})[::2]] for row in rows
+        ]
     parts = top_level(tok, {r"\cup"})[::2]
     if len(parts) > 1:
         return "union", list(map(inner, parts))
     parts = top_level(tok, {",", ";"})[::2]
-    if len(parts) > 1:                                     # "n in Z" after an answer says what n is, it is not another answer
-        parts = parts[:1] + [part for part in parts[1:] if not (r"\in" in part and r"\mathbb" in part)]
+    # "n in Z" after an answer says what n is, it is not another answer
+    if len(parts) > 1:
+        parts = parts[:1] + [
+            part for part in parts[1:] if not (r"\in" in part and r"\mathbb" in part)
+        ]
         return listed(list(map(inner, parts))) if len(parts) > 1 else inner(parts[0])
     cut = top_level(tok, RELATIONS)
     if len(cut) > 1:
@@ -521,8 +682,12 @@ def read(tok, algebra, depth=0):
         parts = top_level(tok[1:-1], {",", ";"})[::2]
         if tok[0] == r"\{":
             builder = top_level(tok[1:-1], {"|", ":"})
-            if len(builder) == 3 and len(builder[0]) in (1, 6) and not RELATIONS.isdisjoint(builder[2]):
-                return inner(builder[2])                   # {x | condition} or {x in R | condition}
+            if (
+                len(builder) == 3
+                and len(builder[0]) in (1, 6)
+                and not RELATIONS.isdisjoint(builder[2])
+            ):
+                return inner(builder[2])  # {x | condition} or {x in R | condition}
             return "set", list(map(inner, parts))
         if len(parts) > 1:
             return "tuple", tok[0] + tok[-1], list(map(inner, parts))
@@ -531,7 +696,10 @@ def read(tok, algebra, depth=0):
         if tok[0] == "[":
             return "tuple", "[" + tok[-1], [inner(tok[1:-1])]
     if r"\pm" in tok or r"\mp" in tok:
-        return "set", [inner([signs.get(t, t) for t in tok]) for signs in ({r"\pm": "+", r"\mp": "-"}, {r"\pm": "-", r"\mp": "+"})]
+        return "set", [
+            inner([signs.get(t, t) for t in tok])
+            for signs in ({r"\pm": "+", r"\mp": "-"}, {r"\pm": "-", r"\mp": "+"})
+        ]
     if tok[-1] == "%":
         return "percent", algebra.read(tok[:-1])
     parts = top_level(tok, {":"})[::2]
@@ -565,18 +733,19 @@ def clock(tok):
 
 def related(sides, operators, inner):
     """The shape of sides joined by relations."""
-    names = top_level(sides[0], {":"})[::2]                # S_1:S_2 names a ratio
+    names = top_level(sides[0], {":"})[::2]  # S_1:S_2 names a ratio
     named = all(NAMED.fullmatch("".join(name)) and name[0][1:] not in FUNCTIONS for name in names)
     if operators == [r"\in"] and named:
         return inner(sides[1])
-    if r"\approx" in operators:                            # the exact side counts
+    if r"\approx" in operators:  # the exact side counts
         at = operators.index(r"\approx")
-        keep = sides[1:2] if at == 0 and named else sides[:at + 1]
+        keep = sides[1:2] if at == 0 and named else sides[: at + 1]
         return related(keep, operators[:at], inner) if len(keep) > 1 else inner(keep[0])
     if set(operators) == {"="}:
         try:
             first = inner(sides[0])
-        except Unparsed:                                   # an integral, a limit: only its value is asked for
+        except Unparsed:
+            # an integral, a limit: only its value is asked for
             if not named:
                 raise
             first = "text", "".join(sides[0])
@@ -597,15 +766,21 @@ def outside(point):
 
 
 def is_symbol(shape):
-    return shape[0] == "value" and len(shape[1]) == 1 and all(c == 1 and len(m) == 1 and m[0][1] == 1 and m[0][0][0] == NAME
-                                                             for m, c in shape[1].items())
+    return (
+        shape[0] == "value"
+        and len(shape[1]) == 1
+        and all(
+            c == 1 and len(m) == 1 and m[0][1] == 1 and m[0][0][0] == NAME
+            for m, c in shape[1].items()
+        )
+    )
 
 
 def application(shape):
     """(f, x) of a shape that is f(x), a letter applied to another, else None."""
     if shape[0] != "value" or len(shape[1]) != 1:
         return None
-    (powers, coefficient), = shape[1].items()
+    ((powers, coefficient),) = shape[1].items()
     if coefficient != 1 or len(powers) != 1 or powers[0][1] != 1 or powers[0][0][0] != CALL:
         return None
     f, arguments = powers[0][0][1]
@@ -624,7 +799,8 @@ def mentions(frozen, name):
 
 
 def region(shape):
-    """An inequality in one variable, or the real line, as an interval or a union; any other shape as it is."""
+    """An inequality in one variable, or the real line, as an interval or a union; any other shape
+    as it is."""
     if shape == ("value", atom((NAME, r"\mathbbR"))):
         return LINE
     if shape[0] == "set" and all(part[0] == "relation" for part in shape[1]):
@@ -650,7 +826,7 @@ def same(x, y, algebra):
     algebra.spend(1)
     if x[0] == y[0]:
         return alike(x, y, algebra)
-    if x[0] == "unit" or y[0] == "unit":                   # one side alone names a measure
+    if x[0] == "unit" or y[0] == "unit":  # one side alone names a measure
         if x[0] == "percent" or y[0] == "percent":
             return ""
         x, y = (side[1] if side[0] == "unit" else side for side in (x, y))
@@ -672,9 +848,13 @@ def same(x, y, algebra):
             return "ratio" if all(a[1]) and proportional(a[1], (b[1], number(1)), algebra) else ""
         if a[0] == r"matrix\mat" and b[0] == "tuple" and b[1] == "()":
             flat = [cell for row in a[1] for cell in row]
-            return "vector" if 1 in (len(a[1]), len(a[1][0])) and pairwise(flat, b[2], algebra) else ""
+            return (
+                "vector" if 1 in (len(a[1]), len(a[1][0])) and pairwise(flat, b[2], algebra) else ""
+            )
     p, q = region(x), region(y)
-    return "interval" if (p[0], q[0]) != (x[0], y[0]) and p[0] == q[0] and alike(p, q, algebra) else ""
+    return (
+        "interval" if (p[0], q[0]) != (x[0], y[0]) and p[0] == q[0] and alike(p, q, algebra) else ""
+    )
 
 
 def same_time(time, other, algebra):
@@ -685,7 +865,7 @@ def same_time(time, other, algebra):
     if not ratio:
         return ""
     if other[0] == "value" and Fraction(numbers[0], numbers[1]).numerator != numbers[0]:
-        return ""                                          # 12:24 is no 1/2, but 7:32 is 7/32
+        return ""  # 12:24 is no 1/2, but 7:32 is 7/32
     return same(ratio, other, algebra)
 
 
@@ -714,22 +894,27 @@ def alike(x, y, algebra):
         equal = matched(x[1], y[1], algebra)
     elif kind == "tuple":
         equal = x[1] == y[1] and pairwise(x[2], y[2], algebra)
-    elif kind == "unit":                                   # square units are square inches
+    elif kind == "unit":  # square units are square inches
         names = x[2][1:] == y[2][1:] or not x[2][1:] or not y[2][1:]
         equal = names and x[2][0] == y[2][0] and same(x[1], y[1], algebra)
     elif kind == "clock":
         equal = same_clock(x, y)
-    elif kind == "ratio":                                  # of which no part is zero
+    elif kind == "ratio":  # of which no part is zero
         equal = len(x[1]) == len(y[1]) and proportional(x[1], y[1], algebra)
         equal = equal and all(x[1]) and all(y[1])
     elif kind == "equation":
         equal = same_equation(x, y, algebra)
     elif kind == "relation":
         strict = x[2] != [r"\ne"]
-        equal = x[2] == y[2] and (pairwise(x[1], y[1], algebra) or scaled(x[1], y[1], algebra, strict)
-                                  or (not strict and pairwise(x[1], y[1][::-1], algebra)))
+        equal = x[2] == y[2] and (
+            pairwise(x[1], y[1], algebra)
+            or scaled(x[1], y[1], algebra, strict)
+            or (not strict and pairwise(x[1], y[1][::-1], algebra))
+        )
     else:
-        equal = len(x[1]) == len(y[1]) and all(pairwise(a, b, algebra) for a, b in zip(x[1], y[1], strict=True))
+        equal = len(x[1]) == len(y[1]) and all(
+            pairwise(a, b, algebra) for a, b in zip(x[1], y[1], strict=True)
+        )
     return kind.partition("\\")[0] if equal else ""
 
 
@@ -806,7 +991,8 @@ def side_value(equation, algebra):
 
 
 def scaled(xs, ys, algebra, positive):
-    """Whether l = r and l' = r' differ by a nonzero constant factor (a positive one, for inequalities)."""
+    """Whether l = r and l' = r' differ by a nonzero constant factor (a positive one, for
+    inequalities)."""
     if not all(side[0] == "value" for side in (*xs, *ys)) or (len(xs), len(ys)) != (2, 2):
         return False
     x, y = add(xs[0][1], xs[1][1], -1), add(ys[0][1], ys[1][1], -1)
@@ -824,12 +1010,15 @@ def scaled(xs, ys, algebra, positive):
 
 # ---------------------------------------------------------------- the reward of the reference
 
-def hendrycks(response, gold):
-    """The reward of the reference: equality of two strings after the normalisation of the MATH benchmark (Hendrycks et al. 2021).
 
-    Kept with its quirks, so that published runs can be replicated: "\\boxed " anywhere takes what follows its last occurrence up to a
-    "$"; \\fbox is never right; only 0.5 among decimals is a fraction; text from "\\text{ " on is cut; a malformed \\frac or \\sqrt on
-    either side makes the comparison one of raw strings.
+def hendrycks(response, gold):
+    """The reward of the reference: equality of two strings after the normalisation of the MATH
+    benchmark (Hendrycks et al. 2021).
+
+    Kept with its quirks, so that published runs can be replicated: "\\boxed " anywhere takes what
+    follows its last occurrence up to a "$"; \\fbox is never right; only 0.5 among decimals is a
+    fraction; text from "\\text{ " on is cut; a malformed \\frac or \\sqrt on either side makes the
+    comparison one of raw strings.
     """
     answer = last_box(response)
     if answer is None:
@@ -848,26 +1037,39 @@ def last_box(response):
     for at in range(start, len(response)) if opened >= 0 else ():
         c = response[at]
         depth += (c == "{") - (c == "}")
-        if c == "}" and depth == 0:                        # counted from the command, so that "\boxed}{" never closes
-            return response[start + 7:at] if opened == start + 6 else None
+        # counted from the command, so that "\boxed}{" never closes
+        if c == "}" and depth == 0:
+            return response[start + 7 : at] if opened == start + 6 else None
     return None
 
 
 def normalise(s):
-    for old, new in (("\n", ""), (r"\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"), (r"\left", ""), (r"\right", ""),
-                     (r"^{\circ}", ""), (r"^\circ", ""), (r"\$", "")):
+    for old, new in (
+        ("\n", ""),
+        (r"\!", ""),
+        ("\\\\", "\\"),
+        ("tfrac", "frac"),
+        ("dfrac", "frac"),
+        (r"\left", ""),
+        (r"\right", ""),
+        (r"^{\circ}", ""),
+        (r"^\circ", ""),
+        (r"\$", ""),
+    ):
         s = s.replace(old, new)
     if s.count(r"\text{ ") > 1:
         raise ValueError("two units")
     s = s.partition(r"\text{ ")[0]
-    s = s.replace(r"\%", "").replace(r"\%", "")            # twice: of "\\%%" nothing is left
+    s = s.replace(r"\%", "").replace(r"\%", "")  # twice: of "\\%%" nothing is left
     s = s.replace(" .", " 0.").replace("{.", "{0.")
     if s[:1] == ".":
         s = "0" + s
     if s.count("=") == 1 and s.index("=") <= 2:
         s = s.partition("=")[2]
     head, *roots = s.split(r"\sqrt")
-    s = (head + "".join(r"\sqrt" + (r if r[0] == "{" else "{" + r[0] + "}" + r[1:]) for r in roots)).replace(" ", "")
+    s = (
+        head + "".join(r"\sqrt" + (r if r[0] == "{" else "{" + r[0] + "}" + r[1:]) for r in roots)
+    ).replace(" ", "")
     s = brace_fractions(s)
     if s == "0.5":
         return r"\frac{1}{2}"
@@ -886,5 +1088,10 @@ def brace_fractions(s):
         elif len(part) < 2:
             return s
         else:
-            head += "{" + part[0] + "}" + (part[1:] if part[1] == "{" else "{" + part[1] + "}" + part[2:])
+            head += (
+                "{"
+                + part[0]
+                + "}"
+                + (part[1:] if part[1] == "{" else "{" + part[1] + "}" + part[2:])
+            )
     return head

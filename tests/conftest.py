@@ -1,4 +1,6 @@
-"""One thread: on a shared two-core machine a second one makes steps of a tiny model jump from 1 ms to 100 ms. No network, ever."""
+"""One thread: on a shared two-core machine a second one makes steps of a tiny model jump from 1 ms
+to 100 ms. No network, ever."""
+
 import os
 import pathlib
 
@@ -18,7 +20,8 @@ SHARED = pathlib.Path(__file__).resolve().parents[1].parent / "shared"
 
 @pytest.fixture(scope="session")
 def shared():
-    """Folder of full-size development inputs (tokenizers/, data/), when the checkout has one beside it."""
+    """Folder of full-size development inputs (tokenizers/, data/), when the checkout has one beside
+    it."""
     if not SHARED.is_dir():
         pytest.skip("no ../shared folder: full-size tokenizers and problem sets are not here")
     return SHARED

@@ -1,4 +1,6 @@
-"""What all commands share: ranges of arguments, errors to one line, output that nobody reads, texts on a terminal."""
+"""What all commands share: ranges of arguments, errors to one line, output that nobody reads, texts
+on a terminal."""
+
 import argparse
 import errno
 import io
@@ -17,15 +19,22 @@ HUGE = str(10**30), "9" * 5000, str(2**64)
 NO_NUMBERS = "", " ", "x", "nan", "-nan", "inf", "-inf", "1e308", "1e-300", "1e999", "-1", "-0.5"
 
 
-@pytest.mark.parametrize("kind, good, bad", [
-    (cli.whole, {"0": 0, "7": 7, "007": 7}, ("-1", "1.5", "1e3", "", "x", "²", "١", "1_000", "+1", " 1", *HUGE)),
-    (cli.natural, {"1": 1, str(10**9): 10**9}, ("0", "-1", str(10**9 + 1), *HUGE)),
-    (cli.seed, {"0": 0, str(2**63 - 1): 2**63 - 1}, ("-1", str(2**63), *HUGE)),
-    (cli.positive, {"1e-6": 1e-6, "3": 3.0, "1e30": 1e30}, ("0", *NO_NUMBERS)),
-    (cli.amount, {"0": 0.0, "0.28": 0.28, "-0": 0.0}, NO_NUMBERS),
-    (cli.share, {"0": 0.0, "1": 1.0, ".5": 0.5}, ("1.01", *NO_NUMBERS)),
-    (cli.given, {"a b": "a b"}, ("", " ", "\t\n")),
-])
+@pytest.mark.parametrize(
+    "kind, good, bad",
+    [
+        (
+            cli.whole,
+            {"0": 0, "7": 7, "007": 7},
+            ("-1", "1.5", "1e3", "", "x", "²", "١", "1_000", "+1", " 1", *HUGE),
+        ),
+        (cli.natural, {"1": 1, str(10**9): 10**9}, ("0", "-1", str(10**9 + 1), *HUGE)),
+        (cli.seed, {"0": 0, str(2**63 - 1): 2**63 - 1}, ("-1", str(2**63), *HUGE)),
+        (cli.positive, {"1e-6": 1e-6, "3": 3.0, "1e30": 1e30}, ("0", *NO_NUMBERS)),
+        (cli.amount, {"0": 0.0, "0.28": 0.28, "-0": 0.0}, NO_NUMBERS),
+        (cli.share, {"0": 0.0, "1": 1.0, ".5": 0.5}, ("1.01", *NO_NUMBERS)),
+        (cli.given, {"a b": "a b"}, ("", " ", "\t\n")),
+    ],
+)
 def test_types_of_arguments_know_their_range(kind, good, bad):
     for text, value in good.items():
         assert kind(text) == value
@@ -41,29 +50,52 @@ def test_a_wrong_argument_is_one_line(capsys):
     with pytest.raises(SystemExit) as e:
         p.parse_args(["--share", "2"])
     assert e.value.code == 2
-    assert capsys.readouterr().err == "x.py: argument --share: '2' is not a number from 0 to 1; x.py --help lists the flags\n"
+    assert (
+        capsys.readouterr().err
+        == "x.py: argument --share: '2' is not a number from 0 to 1; x.py --help lists the flags\n"
+    )
 
 
-@pytest.mark.parametrize("text, shown", [
-    ("a é 日本 \\frac{1}{2} 😀", None), ("two\nlines\tand a tab", None), ("\x1b[2J\x1b]0;title\x07", r"\x1b[2J\x1b]0;title\x07"),
-    ("a\rb\x08c\x00\x7f", r"a\rb\x08c\x00\x7f"), ("\x9b31m", r"\x9b31m"), ("\u202egnp.exe", r"\u202egnp.exe"),
-    ("\u2066x\u2069 \u200b \ufeff", r"\u2066x\u2069 \u200b \ufeff"), ("\ud800 \U000e0041", r"\ud800 \U000e0041"),
-    ("\u2028", r"\u2028")])
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("a é 日本 \\frac{1}{2} 😀", None),
+        ("two\nlines\tand a tab", None),
+        ("\x1b[2J\x1b]0;title\x07", r"\x1b[2J\x1b]0;title\x07"),
+        ("a\rb\x08c\x00\x7f", r"a\rb\x08c\x00\x7f"),
+        ("\x9b31m", r"\x9b31m"),
+        ("\u202egnp.exe", r"\u202egnp.exe"),
+        ("\u2066x\u2069 \u200b \ufeff", r"\u2066x\u2069 \u200b \ufeff"),
+        ("\ud800 \U000e0041", r"\ud800 \U000e0041"),
+        ("\u2028", r"\u2028"),
+    ],
+)
 def test_what_a_terminal_would_obey_is_shown(text, shown):
     assert cli.printable(text) == (text if shown is None else shown)
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "/some/file")
-THEIRS = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+THEIRS = SafetensorError(
+    "Error while serializing: I/O error: No space left on device (os error 28)"
+)
 
 
-@pytest.mark.parametrize("error, code, says", [
-    (FULL, 8, "No space left"), (THEIRS, 8, "os error 28"), (SafetensorError("HeaderTooSmall"), 2, "HeaderTooSmall"),
-    (OSError(errno.EDQUOT, "Disk quota exceeded"), 8, "quota"), (OSError(errno.EFBIG, "File too large"), 8, "too large"),
-    (PermissionError(errno.EACCES, "no"), 2, "no"), (ValueError("\x1b[2J\u202e of\nlayer"), 2, r"\x1b[2J\u202e of layer")])
+@pytest.mark.parametrize(
+    "error, code, says",
+    [
+        (FULL, 8, "No space left"),
+        (THEIRS, 8, "os error 28"),
+        (SafetensorError("HeaderTooSmall"), 2, "HeaderTooSmall"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 8, "quota"),
+        (OSError(errno.EFBIG, "File too large"), 8, "too large"),
+        (PermissionError(errno.EACCES, "no"), 2, "no"),
+        (ValueError("\x1b[2J\u202e of\nlayer"), 2, r"\x1b[2J\u202e of layer"),
+    ],
+)
 def test_errors_end_in_one_line_and_an_exit_code(capsys, error, code, says):
     def main(argv):
         raise error
+
     with pytest.raises(SystemExit) as e:
         guarded(main)
     said = capsys.readouterr().err
@@ -72,6 +104,7 @@ def test_errors_end_in_one_line_and_an_exit_code(capsys, error, code, says):
 
 class Gone(io.StringIO):
     """A stream whose every write fails."""
+
     def write(self, text):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
@@ -90,19 +123,23 @@ def test_output_that_nobody_takes_is_no_error(monkeypatch):
                 print("x", file=sys.stderr)
             assert not sys.stderr.isatty()
             done.append(1)
+
         guarded(main)
         assert done == [1] and sys.stdout is lost and sys.stderr is lost
 
 
 def test_letters_that_a_terminal_lacks_are_shown_as_escapes(monkeypatch):
     taken = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(taken, encoding="ascii", write_through=True))
+    monkeypatch.setattr(
+        sys, "stdout", io.TextIOWrapper(taken, encoding="ascii", write_through=True)
+    )
     guarded(lambda argv: print("1 é 日 2"))
     assert taken.getvalue() == rb"1 \xe9 \u65e5 2" + b"\n"
 
 
 def test_a_file_never_takes_the_place_of_a_closed_stream(tmp_path):
-    """With stderr closed the next file would get its number, and what libraries print would stand in it."""
+    """With stderr closed the next file would get its number, and what libraries print would stand
+    in it."""
     pid = os.fork()
     if pid == 0:
         os.close(2)
@@ -111,6 +148,7 @@ def test_a_file_never_takes_the_place_of_a_closed_stream(tmp_path):
         def main(argv):
             with open(tmp_path / "log", "w") as f:
                 os._exit(f.fileno())
+
         guarded(main)
         os._exit(99)
     assert 2 < os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) < 99
@@ -124,7 +162,10 @@ def test_a_device_that_cannot_compute_is_refused(name):
 
 def test_bench_overwrites_no_model(tmp_path, monkeypatch, capsys):
     from model import Config
-    monkeypatch.setattr(shapes, "SHAPES", {"toy": Config("qwen3", 300, 32, 2, 4, 2, 8, 48, tied=True)})
+
+    monkeypatch.setattr(
+        shapes, "SHAPES", {"toy": Config("qwen3", 300, 32, 2, 4, 2, 8, 48, tied=True)}
+    )
     (tmp_path / "there").mkdir()
     (tmp_path / "there/weights").write_text("mine")
     (tmp_path / "file").write_text("mine")
@@ -145,7 +186,10 @@ def test_bench_leaves_no_half_model_on_a_full_disk(tmp_path, monkeypatch, capsys
     def save_file(tensors, path, metadata=None):
         path.write_bytes(b"half")
         raise THEIRS
-    monkeypatch.setattr(shapes, "SHAPES", {"toy": Config("qwen3", 300, 32, 2, 4, 2, 8, 48, tied=True)})
+
+    monkeypatch.setattr(
+        shapes, "SHAPES", {"toy": Config("qwen3", 300, 32, 2, 4, 2, 8, 48, tied=True)}
+    )
     monkeypatch.setattr(model, "save_file", save_file)
     with pytest.raises(SystemExit) as e:
         guarded(bench.main, ["init", "--like", "toy", "--out", str(tmp_path / "m")])

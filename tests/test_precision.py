@@ -1,4 +1,5 @@
-"""The arithmetic of a GPU run, on a CPU: bfloat16 weights, float32 gradients, an optimizer that owns the exact master."""
+"""The arithmetic of a GPU run, on a CPU: bfloat16 weights, float32 gradients, an optimizer that
+owns the exact master."""
 
 import copy
 from contextlib import nullcontext
@@ -31,7 +32,8 @@ def groups(n=8, size=4):
 
 
 def build(mode, lr):
-    """A model and its optimizer, float32 as on a CPU or bfloat16 as on a GPU, both from the same checkpoint in bfloat16."""
+    """A model and its optimizer, float32 as on a CPU or bfloat16 as on a GPU, both from the same
+    checkpoint in bfloat16."""
     model = Transformer(CONFIG).init_weights(0, 0.05).bfloat16()
     if mode == "float32":
         model = model.float()
@@ -87,7 +89,13 @@ def one_at_a_time(mode, lr):
 
 
 def start(mode):
-    return torch.cat([p.detach().float().flatten() for p in build(mode, 1.0)[0].blocks.parameters() if p.dim() == 2])
+    return torch.cat(
+        [
+            p.detach().float().flatten()
+            for p in build(mode, 1.0)[0].blocks.parameters()
+            if p.dim() == 2
+        ]
+    )
 
 
 @pytest.mark.parametrize("mode", ["float32", "bfloat16"])
@@ -99,7 +107,8 @@ def test_a_step_of_several_updates_is_the_updates_made_one_at_a_time(mode):
 
 
 def test_the_measure_sees_stale_weights():
-    """What an autocast that spans the updates does: it keeps its first casts of the weights, and the test above fails."""
+    """What an autocast that spans the updates does: it keeps its first casts of the weights, and
+    the test above fails."""
 
     def stale():
         return torch.autocast("cpu", torch.bfloat16)
@@ -112,8 +121,9 @@ def test_the_measure_sees_stale_weights():
 
 
 def test_an_update_is_that_of_float32_masters_computing_in_bfloat16():
-    """The reference keeps float32 weights, and casts them for every product. A step of four updates at Adam's usual size of
-    steps: what the two differ by, over the length of the update, beside what bfloat16 costs the reference itself."""
+    """The reference keeps float32 weights, and casts them for every product. A step of four updates
+    at Adam's usual size of steps: what the two differ by, over the length of the update, beside
+    what bfloat16 costs the reference itself."""
     lr = 1e-4
     ours = together("bfloat16", lr) - start("bfloat16")
 
@@ -124,7 +134,10 @@ def test_an_update_is_that_of_float32_masters_computing_in_bfloat16():
     exact = together("float32", lr) - start("float32")
     apart = (ours - reference).norm() / reference.norm()
     noise = (reference - exact).norm() / exact.norm()
-    print(f"against the reference {apart:.3f}, it against float32 {noise:.3f}, ours {(ours - exact).norm() / exact.norm():.3f}")
+    print(
+        f"against the reference {apart:.3f}, it against float32 {noise:.3f}, ours "
+        f"{(ours - exact).norm() / exact.norm():.3f}"
+    )
     assert apart < 2 * noise < 0.2
 
 

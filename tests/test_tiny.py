@@ -1,4 +1,5 @@
 """The embedded default's problems, tokenizer and warm-up."""
+
 import json
 import random
 
@@ -17,7 +18,7 @@ def test_worked_answers_are_right_and_guesses_mostly_not():
         numbers = arithmetic.draw_sum(rng)
         assert verify(tiny.worked(numbers), str(sum(numbers)))
         right += verify(tiny.blurted(numbers, rng), str(sum(numbers)))
-    assert 120 < right < 250                                      # one in eleven
+    assert 120 < right < 250  # one in eleven
     assert tiny.worked([7, 8, 5]) == "7+8=15, 15+5=20. \\boxed{20}"
 
 
@@ -39,17 +40,20 @@ def test_tokenizer_is_bytes(tmp_path):
 
 
 def test_warm_up_is_cached_and_reproducible(tmp_path):
-    a, b, c = (tiny.warm_up(tmp_path / n, s, steps=3, batch=8) for n, s in (("a", 1), ("b", 1), ("c", 2)))
+    a, b, c = (
+        tiny.warm_up(tmp_path / n, s, steps=3, batch=8) for n, s in (("a", 1), ("b", 1), ("c", 2))
+    )
     wa, wb, wc = (load(f).embed.weight for f in (a, b, c))
     assert torch.equal(wa, wb) and not torch.equal(wa, wc)
     stamp = (a / "model.safetensors").stat().st_mtime_ns
     tiny.warm_up(a, 1, steps=3, batch=8)
-    assert (a / "model.safetensors").stat().st_mtime_ns == stamp          # kept
+    assert (a / "model.safetensors").stat().st_mtime_ns == stamp  # kept
     tiny.warm_up(a, 2, steps=3, batch=8)
-    assert torch.equal(load(a).embed.weight, wc)                          # another seed: done again
+    assert torch.equal(load(a).embed.weight, wc)  # another seed: done again
     assert json.loads((a / "generation_config.json").read_text())["eos_token_id"] == tiny.END
 
 
 def test_it_is_well_under_a_million_parameters():
     import plan
+
     assert 100_000 < plan.parameters(tiny.CONFIG) < 300_000
