@@ -1,8 +1,8 @@
 """Bottom-up Policy Optimization (arXiv 2512.19673): GRPO on an internal layer policy for the first
 steps, then on the whole model.
 
-    pi^l = softmax(H^l E_u^T / T)      the internal layer policy: no norm for l < L; pi^L is the
-                                       model's own policy
+    pi^l = softmax(H^l E_u^T / T)              the internal layer policy: no norm for l < L
+    pi^L = softmax(norm(H^L) E_u^T / T)        the model's own policy
 
 Responses are always sampled from pi^L. In an internal phase the old and the new log-probs both come
 from pi^l, the ratio is pi^l / pi^l_old, and the forward stops at block l: the blocks above are

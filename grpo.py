@@ -1,10 +1,9 @@
 """GRPO: group advantages, token log-probs that never hold [tokens, V], the clipped surrogate loss.
 
-    advantage   A_i = (r_i - mean(r)) / (std(r) + 1e-6)                          over the G
-                responses of one prompt
+    advantage   A_i = (r_i - mean(r)) / (std(r) + 1e-6)      over the G responses of one prompt
     ratio       rho_t = pi(o_t) / pi_old(o_t)
-    loss        - sum_t min(rho_t A, clip(rho_t, 1 - low, 1 + high) A) / N       N = response tokens
-                of the whole mini-batch
+    loss        - sum_t min(rho_t A, clip(rho_t, 1 - low, 1 + high) A) / N
+                N = response tokens of the whole mini-batch
 
 GRPO is arXiv 2402.03300, the token mean and the asymmetric clip arXiv 2503.14476 (DAPO), the dual
 clip arXiv 1912.09729. Nothing here knows which policy the log-probs come from: that of the model,
@@ -27,14 +26,11 @@ from model import add_mm32, half, packed, project
 def group_advantages(rewards: torch.Tensor, kind="grpo", eps=1e-6) -> torch.Tensor:
     """Advantages [N,G] of rewards [N,G], G responses to each of N problems.
 
-    grpo         (r - mean) / (std + eps) over the group, sample standard deviation            arXiv
-                 2402.03300
-    dr_grpo      r - mean: the division weighs very easy and very hard problems up             arXiv
-                 2503.20783
-    rloo         r - mean of the other G - 1 responses                                         arXiv
-                 2402.14740
-    reinforce++  (r - mean) / (std + eps) over the whole batch                                 arXiv
-                 2501.03262
+    grpo         (r - mean) / (std + eps) over the group, sample deviation (arXiv 2402.03300)
+    dr_grpo      r - mean: the division weighs easy and hard problems up (arXiv 2503.20783)
+    rloo         r - mean of the other G - 1 responses (arXiv 2402.14740)
+    reinforce++  (r - mean) / (std + eps) over the whole batch (arXiv 2501.03262)
+
     Where all rewards compared are equal the advantage is exactly 0: in float32 the mean of seven
     0.7 is not 0.7, and eps would not hide it. Raises ValueError for groups of one, which would have
     no baseline.
@@ -46,10 +42,14 @@ def group_advantages(rewards: torch.Tensor, kind="grpo", eps=1e-6) -> torch.Tens
     if kind == "reinforce++":
         return group_advantages(rewards.reshape(1, -1), "grpo", eps).view_as(rewards)
     centred, G = rewards - rewards.mean(1, keepdim=True), rewards.shape[1]
-    scale = {"grpo": 1 / (rewards.std(1, keepdim=True) + eps), "dr_grpo": 1.0, "rloo": G / (G - 1)}[
-        kind
-    ]
-    return (centred * scale).masked_fill((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0)
+    scales = {
+        "grpo": 1 / (rewards.std(1, keepdim=True) + eps),
+        "dr_grpo": 1.0,
+        "rloo": G / (G - 1),
+    }
+    return (centred * scales[kind]).masked_fill(
+        (rewards == rewards[:, :1]).all(1, keepdim=True), 0.0
+    )
 
 
 def overlong_penalty(length: int, limit: int, buffer: int) -> float:
@@ -179,12 +179,10 @@ def response_weights(lengths: list[int], kind="token-mean", limit=None) -> list[
     """Weight of each token of each response in the loss of a mini-batch of R responses with these
     many tokens.
 
-    token-mean  1 / sum(lengths): every token counts the same                                  arXiv
-                2503.14476 (DAPO)
-    seq-mean    1 / (R length): every response counts the same, tokens of long ones less       arXiv
-                2402.03300 (GRPO as published)
-    dr_grpo     1 / (R limit), a constant: no length decides what a token counts               arXiv
-                2503.20783
+    token-mean  1 / sum(lengths): every token counts the same (DAPO, arXiv 2503.14476)
+    seq-mean    1 / (R length): every response counts the same, tokens of long ones less (GRPO as
+                published, arXiv 2402.03300)
+    dr_grpo     1 / (R limit), a constant: no length decides what a token counts (arXiv 2503.20783)
     """
     R = len(lengths)
     if kind == "token-mean":

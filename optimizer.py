@@ -38,13 +38,11 @@ import torch
 
 # Bytes a parameter, by part. Gradients are freed while the model samples; remainder and moments can
 # live on the host.
+PARTS = "weights", "gradients", "remainder", "moments"
 BYTES = {
-    # float32 w, g, m, v
-    "adamw": {"weights": 4, "gradients": 4, "remainder": 0, "moments": 8},
-    # bfloat16 w; float32 g, m, v
-    "split-m32": {"weights": 2, "gradients": 4, "remainder": 2, "moments": 8},
-    # the same, but float16 m
-    "split": {"weights": 2, "gradients": 4, "remainder": 2, "moments": 6},
+    "adamw": dict(zip(PARTS, (4, 4, 0, 8), strict=True)),  # all float32
+    "split-m32": dict(zip(PARTS, (2, 4, 2, 8), strict=True)),  # bfloat16 weights
+    "split": dict(zip(PARTS, (2, 4, 2, 6), strict=True)),  # and a float16 first moment
 }
 STATE = ("remainder", "exp_avg", "exp_avg_sq")  # the tensors among a parameter's state
 

@@ -1,18 +1,12 @@
 """Train a language model with GRPO, or with BuPO: first the policy of an internal layer, then the
 whole model.
 
-    python train.py                                                         the embedded default:
-                                                                            minutes on two CPU cores
-    python train.py --model qwen3-4b --bupo-layer 30                        the real thing, on a GPU
-    python train.py --model qwen3-4b --bupo-layer 6 --bupo-steps 30         the paper's Qwen3-4B
-    python train.py --recipe words                                          a real small model on a
-                                                                            laptop (downloads 270
-                                                                            MB)
-    python train.py --model FOLDER --data problems.jsonl --dry-run          plan, first prompt and
-                                                                            memory, nothing trained
-    torchrun --nproc-per-node 8 train.py --model qwen3-8b                   8 GPUs; several
-                                                                            machines: see
-                                                                            parallel.py
+    python train.py                                      the embedded default: minutes on a CPU
+    python train.py --recipe words                       a real small model, on a laptop
+    python train.py --model qwen3-4b --bupo-layer 30     the real thing, on a GPU
+    python train.py --model qwen3-4b --bupo-layer 6 --bupo-steps 30      the paper's Qwen3-4B
+    python train.py --model qwen3-4b --dry-run --memory 80               plan and memory, no GPU
+    torchrun --nproc-per-node 8 train.py --model qwen3-8b                8 GPUs; see parallel.py
 
 Each step samples a group of responses to each of a few problems from the model's own policy, grades
 them, and takes a few optimizer steps on the clipped surrogate. The value of the loss says nothing;
@@ -624,6 +618,11 @@ def check_folder(args, now, keys):
         )
 
 
+def is_gpu(device) -> bool:
+    """Whether a device's name, such as cuda or cuda:1, is that of a GPU."""
+    return torch.device(device).type == "cuda"
+
+
 def find_model(args):
     """Shape and folder of --model. The folder is None where nothing is read from one: of the
     embedded default, and of a preset in a dry run, which knows its shape and downloads nothing."""
@@ -648,7 +647,7 @@ def earlier_settings(args) -> dict:
 def settle(args, config, device):
     """Fill in the flags that follow from the model and the kind of machine. What an earlier part of
     the run settled stays."""
-    on_gpu, saved = device == "cuda", earlier_settings(args)
+    on_gpu, saved = is_gpu(device), earlier_settings(args)
     args.dtype = args.dtype or saved.get("dtype")
     args.optimizer = args.optimizer or saved.get("optimizer")
     if args.max_new_tokens is None:
@@ -675,9 +674,7 @@ def settle_memory(args, config, device, memory, host):
 
     memory, host  bytes of a GPU that are free, and of the machine around it; of no meaning on a CPU
     """
-    chosen = parallel.on_first(
-        choose, config, args, memory, host, device == "cuda", parallel.world()
-    )
+    chosen = parallel.on_first(choose, config, args, memory, host, is_gpu(device), parallel.world())
     for name, value, _ in chosen:
         setattr(args, name, value)
     return chosen
@@ -685,7 +682,7 @@ def settle_memory(args, config, device, memory, host):
 
 def free_memory(device) -> float:
     """Bytes for this run: of a GPU what other programs leave, else what the machine has."""
-    if device != "cuda":
+    if not is_gpu(device):
         return host_bytes()
     # our own context is there by now, and in the plan; the rest is for what the plan does not know,
     # for it is not measured yet
@@ -760,7 +757,7 @@ def open_run(args) -> Run:
         master_dtype(args),
         device,
     )
-    if device == "cuda" and args.dtype == "bfloat16":
+    if is_gpu(device) and args.dtype == "bfloat16":
         # TF32 for what is left in float32, beside weights of 8 bits it loses nothing
         torch.set_float32_matmul_precision("high")
     model.recompute = args.recompute
@@ -783,7 +780,7 @@ def open_run(args) -> Run:
     if schedule is None:
         run.schedule = choose_schedule(run)
     show_run(args, config, run.schedule, device)
-    show_plan(config, args, chosen, memory, device == "cuda")
+    show_plan(config, args, chosen, memory, is_gpu(device))
     show_prompts(run.tokenizer, prompts, dropped)
     return run
 
@@ -807,7 +804,7 @@ def dry_run(args):
     if args.bupo_layer != "auto":
         schedule = Schedule.parse(args.bupo_layer, args.bupo_steps, config.n_layers)
     show_run(args, config, schedule, device)
-    show_plan(config, args, chosen, memory, device == "cuda")
+    show_plan(config, args, chosen, memory, is_gpu(device))
     if args.model == "tiny":
         with tempfile.TemporaryDirectory() as scratch:
             tiny.write_tokenizer(Path(scratch))

@@ -1,12 +1,11 @@
 r"""Decide whether the final answer of a response equals the gold answer: strings first, then exact
 arithmetic.
 
-    verify(response, gold) -> bool                the reward
-    grade(response, gold) -> Verdict              the same with the extracted answer and the reason
-    extract(response) -> str | None               the final answer alone;   equal(answer, gold) ->
-                                                  bool   the comparison alone
-    hendrycks(response, gold) -> bool             the string-equality reward of the reference, for
-                                                  replication
+    verify(response, gold) -> bool        the reward
+    grade(response, gold) -> Verdict      the same with the extracted answer and the reason
+    extract(response) -> str | None       the final answer alone
+    equal(answer, gold) -> bool           the comparison alone
+    hendrycks(response, gold) -> bool     the reference's string equality, for replication
 
 What counts as right:
  1. Only text after the last </think> counts; an unclosed <think> has no answer.
