@@ -396,8 +396,7 @@ class Sampler:
         n_vocab         ids from here on belong to no token and are never drawn
         progress        a word for the progress bar on a terminal; None: no bar
         top_k, top_p, min_p   for evaluation, never in training: the policy that is trained has no
-                              such cuts. Log-probs are then those
-                        of the cut and renormalised policy
+                        such cuts. Log-probs are then those of the cut and renormalised policy
         returns         [[Sample] * n for each prompt]
         Raises ValueError for an empty prompt or one that leaves no room for a response, before any
         work; FloatingPointError for a model whose logits are NaN.
