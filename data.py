@@ -392,7 +392,8 @@ def _answer(value, name):
         value = str(value) if isinstance(value, int) else format(Decimal(str(value)), "f")
     text = _text(value, name)
     if re.search(r"\\f?box|####", text):
-        text = verify.extract(text)
+        parts = verify.boxes(text)  # of the last sentence, where they are a list
+        text = ", ".join(parts) if len(parts) > 1 else verify.extract(text)
         if not text:
             raise _BadRow(f"{name!r} has no answer in its last \\boxed{{}} or ####")
     elif name.lower() == "solution" and not re.fullmatch(r"\$?[-+]?[\d.,/]+\$?", text):

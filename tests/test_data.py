@@ -189,6 +189,7 @@ def test_first_alias_wins_and_is_logged(tmp_path, caplog):
         ("1.0.0", "1.0.0"),
         ("We get \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"),
         ("First \\boxed{1}, then \\boxed{2}.", "2"),
+        ("So $x$ is \\boxed{1} or \\boxed{-2}.", "1, -2"),
         ("She has 3 * 6 = <<3*6=18>>18 eggs.\n#### 18", "18"),
         ("A lot.\n#### 1,080", "1,080"),
     ],
