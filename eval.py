@@ -33,6 +33,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import hub
 import parallel
 import tokenizer as tokenizers
 from cli import guarded, natural, pick_device
@@ -218,6 +219,7 @@ def parse(argv=None):
     )
     add = p.add_argument
     add("--model", required=True, help="folder, preset (qwen3-4b) or hub id")
+    add("--revision", help="branch, tag or commit of a model on the hub")
     add(
         "--data",
         required=True,
@@ -553,12 +555,13 @@ def main(argv=None):
     on_gpu = device.startswith("cuda")
     dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
     sets = {name: load_problems(name, limit=args.limit) for name in args.data}
-    folder = resolve(args.model)
+    folder = resolve(args.model, args.revision)
     tokenizer = tokenizers.load(folder, args.format)
     limits = args.max_prompt_tokens, args.system, args.thinking
     prompts = {name: encode_prompts(tokenizer, p, *limits) for name, p in sets.items()}
     max_len = tokens_a_row(prompts, args, Config.from_hf(read_json(folder / "config.json")))
     about = {"device": device, "torch": torch.__version__, "limit": args.limit}
+    about["model_commit"] = hub.commit(folder)
     found = {"model_sha256": parallel.on_first(identity, folder), "dtype": str(dtype)}
     found |= {"format": tokenizer.format}
     now = {"model": args.model} | {name: (vars(args) | found)[name] for name in SETTINGS}
