@@ -6,24 +6,25 @@ import tiny
 RECIPES = {
     # the embedded default: minutes on two CPU cores, nothing to download
     "tiny": tiny.DEFAULTS,
-    # the second thing to do: a real pretrained model, word problems of one operation, about ten
-    # minutes on two CPU cores. At temperature 1 so small a model rambles; its template's own system
-    # message is what it was tuned with
+    # the second thing to do: a real pretrained model, word problems of one operation, less than ten
+    # minutes on two idle CPU cores. At temperature 1 so small a model rambles
     "words": dict(
         model="smollm2-135m-instruct",
         data="words",
         eval_data="words-test",
         eval_limit=128,
-        system="",
+        system="Be brief.",
         temperature=0.7,
         max_new_tokens=48,
         max_prompt_tokens=128,
         prompts=10,
         mini_prompts=10,
         group=8,
-        steps=10,
+        steps=12,
         lr=2e-5,
-        save_every=10,
+        slots=80,
+        micro_tokens=2048,
+        save_every=12,
     ),
     # what everybody asks for, sized for one 24 GB card; not yet run. Others take .29 to .50 in 20
     # steps and .69 in 50 with it
