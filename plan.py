@@ -11,6 +11,7 @@ tests/test_plan.py holds these sums against a trace of the model's own operators
 """
 
 import os
+import shlex
 import shutil
 import sys
 import textwrap
@@ -480,12 +481,14 @@ def show_plan(config: Config, args, chosen, memory_bytes, cuda=True):
     print(f"memory, GB, at most {plan.peak:.1f} of the {memory_bytes / 1e9:.1f} there are:")
     for moment, parts in plan.moments.items():
         parts = ", ".join(f"{name} {value:.2f}" for name, value in parts.items())
-        wrapped(f"{moment} {plan.total(moment):.2f}: {parts}")
+        wrapped(f"{moment} {plan.total(moment):.2f}: {parts}", "  ")
     if plan.host:
-        wrapped(f"pinned host memory {plan.host:.2f}: optimizer state, each tensor a power of two")
+        wrapped(
+            f"pinned host memory {plan.host:.2f}: optimizer state, each tensor a power of two", "  "
+        )
     for name, value, reason in chosen:
         if reason:
-            wrapped(f"{flag(name, value)}: {reason}")
+            wrapped(f"{flag(name, value)}: {reason}", "  ")
     existing = next(p for p in (args.out.resolve(), *args.out.resolve().parents) if p.exists())
     size, free = plan.checkpoint, shutil.disk_usage(existing).free / 1e9
     seconds = size * 1e9 / DISK
@@ -500,11 +503,17 @@ def flag(name: str, value) -> str:
     name = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no-{name}"
-    return f"--{name} {value}"
+    return f"--{name} {shlex.quote(str(value))}"
 
 
-def wrapped(text):
-    print(textwrap.fill(text, 80, initial_indent="  ", subsequent_indent="    "))
+def wrapped(text, indent=""):
+    """Print a text in lines of at most 80 columns, its later ones indented."""
+    rest = indent + "  "
+    print(
+        textwrap.fill(
+            text, 80, initial_indent=indent, subsequent_indent=rest, break_on_hyphens=False
+        )
+    )
 
 
 def table(configs: dict[str, Config], memories: list[float], args) -> str:

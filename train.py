@@ -80,6 +80,7 @@ from plan import (
     parameters,
     show_plan,
     table,
+    wrapped,
 )
 from recipes import RECIPES
 from rollout import Sampler, fold
@@ -821,23 +822,21 @@ def dry_run(args):
 
 def show_run(args, config, schedule, device):
     """What will be trained, and how."""
-    print(
-        f"{args.model}: {parameters(config) / 1e6:,.1f} M parameters, {config.n_layers} layers, V "
-        f"= {config.vocab_size:,}, "
-        f"{args.dtype} with {args.optimizer} on {device}{', compiled' if args.compile else ''}"
+    wrapped(
+        f"{args.model}: {parameters(config) / 1e6:,.1f} M parameters, {config.n_layers} layers, "
+        f"V = {config.vocab_size:,}, {args.dtype} with {args.optimizer} on {device}"
+        + (", compiled" if args.compile else "")
     )
     if args.recipe:
-        print(
-            f"recipe {args.recipe}: "
-            + ", ".join(f"{flag(name, getattr(args, name))}" for name in RECIPES[args.recipe])
-        )
-    print(
+        settings_of_recipe = [flag(name, getattr(args, name)) for name in RECIPES[args.recipe]]
+        wrapped(f"recipe {args.recipe}: {' '.join(settings_of_recipe)}")
+    updates = -(-args.prompts // args.mini_prompts)
+    wrapped(
         f"{schedule or 'bupo layer auto, then grpo'}; {args.steps} steps x {args.prompts} problems "
-        f"x {args.group} responses, "
-        f"{-(-args.prompts // args.mini_prompts)} updates a step"
+        f"x {args.group} responses, {updates} updates a step"
     )
     for layer, _ in schedule.phases if schedule else ():
-        print(
+        wrapped(
             f"layer {layer} is hidden_states[{layer}] in transformers and "
             f"blocks.{layer - 1}.hook_resid_post in TransformerLens"
         )
@@ -845,13 +844,12 @@ def show_run(args, config, schedule, device):
 
 def show_prompts(tokenizer, prompts, dropped):
     """How many there are, and the first one decoded."""
-    print(
-        f"{len(prompts):,} problems"
-        + (f" ({dropped} more dropped: prompt too long)" if dropped else "")
-        + f"; prompt format {tokenizer.format}, stop ids {list(tokenizer.stop_ids)}, "
-        f"{tokenizer.n_vocab:,} ids in use"
+    too_long = f" ({dropped} more dropped: prompt too long)" if dropped else ""
+    wrapped(
+        f"{len(prompts):,} problems{too_long}; prompt format {tokenizer.format}, "
+        f"stop ids {list(tokenizer.stop_ids)}, {tokenizer.n_vocab:,} ids in use"
     )
-    print(
+    wrapped(
         "the value of the loss says nothing (it is about -mean(length x advantage) / "
         "mean(length)): watch the reward"
     )
