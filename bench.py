@@ -105,6 +105,8 @@ def build(args):
     config, device = shape(args.like), torch.device(pick_device(args.device))
     if args.layers:
         config.n_layers = args.layers
+    if args.compile is None:
+        args.compile = device.type == "cuda"
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     return empty(config, dtype, device).init_weights(args.seed), device, dtype.itemsize
 
@@ -748,6 +750,7 @@ def main(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    switch = argparse.BooleanOptionalAction
     sub = p.add_subparsers(required=True, metavar="COMMAND")
     q = sub.add_parser("init", help="write a folder of random weights in a preset's shape")
     q.set_defaults(run=init)
@@ -777,7 +780,9 @@ def main(argv=None):
             "--device", default="auto", help="cpu or cuda (default: a GPU when there is one)"
         )
         q.add_argument("--threads", type=natural, help="CPU threads (default torch's)")
-        q.add_argument("--compile", action="store_true", help="compile the decode step")
+        q.add_argument(
+            "--compile", action=switch, help="compile the decode step (default: on a GPU)"
+        )
         q.add_argument(
             "--versus",
             action="store_true",
@@ -871,7 +876,9 @@ def main(argv=None):
                 help="tokens of the longest response with its prompt (default 512)",
             )
             q.add_argument("--recompute", action="store_true", help="as in train.py")
-            q.add_argument("--compile", action="store_true", help="as in train.py")
+            q.add_argument(
+                "--compile", action=switch, help="the blocks, as train.py does (default: on a GPU)"
+            )
             q.set_defaults(dtype=None)
         if run in (logprobs, lens):
             q.add_argument(
