@@ -144,6 +144,8 @@ class SplitAdamW(torch.optim.Optimizer):
 
     @staticmethod
     def _wrong(group) -> str:
+        if not hasattr(torch.Tensor, "grad_dtype"):
+            return "this torch has no float32 gradients of bfloat16 weights: take 2.10 or later"
         for name in ("lr", "eps", "weight_decay"):
             if not 0 <= group[name] < math.inf:
                 return f"{name} {group[name]}: give a number from 0 up"

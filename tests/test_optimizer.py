@@ -245,9 +245,6 @@ def test_chunks_change_nothing_but_the_memory(monkeypatch, moment_dtype):
     )
 
 
-@pytest.mark.skipif(
-    not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no Tensor.grad_dtype"
-)
 def test_gradients_may_be_float32():
     (p,), (q,) = weights([(8, 64)]), weights([(8, 64)])
     p.grad_dtype, fine = (
