@@ -696,10 +696,8 @@ def compare(saved: dict, now: dict, keys) -> list[str]:
     """Settings that differ between a checkpoint and the command that resumes it, as "key: saved ->
     now" lines; [] means it may go on.
 
-    Values are compared as JSON returns them, so (6, 26) is [6, 26].
+    Values are compared as JSON returns them, so (6, 26) is [6, 26]. What is missing is as None: a
+    setting that there was not yet.
     """
-    saved, now = (
-        {k: json.dumps(d[k], default=str) if k in d else "(none)" for k in keys}
-        for d in (saved, now)
-    )
+    saved, now = ({k: json.dumps(d.get(k), default=str) for k in keys} for d in (saved, now))
     return [f"{k}: {saved[k]} -> {now[k]}" for k in keys if saved[k] != now[k]]

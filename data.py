@@ -131,6 +131,11 @@ NAMED = {
 NAMED["gsm8k-train"] = NAMED["gsm8k"]
 
 
+def needs_hub(name) -> bool:
+    """Whether a set is one of those that are fetched, and not a file or made here."""
+    return str(name) in NAMED and not _exists(name)
+
+
 def is_evaluation(name) -> bool:
     """Whether a set is named one to measure with: training on it is a mistake unless somebody says
     that it is not."""
@@ -205,7 +210,7 @@ def _files(name, revision):
             (Path(download(named.repo, file, commit, sha256)), name, named.draw)
             for file, sha256 in files.items()
         )
-    names = [*NAMED, "sums", "words"]
+    names = [*NAMED, "sums", "sums-test", "words", "words-test"]
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]}?" if close else f"the named sets are {', '.join(names)}"
     raise FileNotFoundError(f"there is no file, folder or named set {name!r}; {hint}")

@@ -17,6 +17,7 @@ the block as a function `attend(layer, q, k, v)`, so that the trainer, the prefi
 run the same lines.
 """
 
+import difflib
 import inspect
 import json
 import re
@@ -772,6 +773,20 @@ def hf_tensors(c: Config) -> dict[str, tuple[str, int, int]]:
     return out
 
 
+def repository(name: str) -> str:
+    """OWNER/NAME on the hub, of a preset or of such a name itself; FileNotFoundError, in one line,
+    for what is neither."""
+    repo = HUB.get(name.lower(), name)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", repo) and not name.startswith((".", "/")):
+        return repo
+    near = difflib.get_close_matches(name.lower(), HUB, 1)
+    guess = f"did you mean {near[0]}? " if near else ""
+    raise FileNotFoundError(
+        f"{name}: no such folder, and no preset of that name; {guess}A model of the hub is named "
+        f"OWNER/NAME, and must be of the families {', '.join(FAMILIES)}; presets: {', '.join(HUB)}"
+    )
+
+
 def resolve(name_or_folder, revision=None) -> Path:
     """Folder of a model: a path as it is (no network), a preset of HUB or an `owner/name`, from the
     hub's cache if that has it, else downloaded.
@@ -786,11 +801,7 @@ def resolve(name_or_folder, revision=None) -> Path:
         if revision:
             raise ValueError(f"{name} is a folder: only a model from the hub has revisions")
         return path
-    repo = HUB.get(name.lower(), name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or name.startswith((".", "/")):
-        raise FileNotFoundError(
-            f"{name}: no such folder, and no preset of that name; presets: {', '.join(HUB)}"
-        )
+    repo = repository(name)
     patterns = ["config.json", "model*.safetensors*", *TOKENIZER_FILES]
     try:
         folder = hub.snapshot(repo, revision, patterns, _has_files)

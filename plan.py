@@ -479,6 +479,8 @@ def show_plan(config: Config, args, chosen, memory_bytes, cuda=True):
     """
     plan = memory_plan(config, args, cuda)
     print(f"memory, GB, at most {plan.peak:.1f} of the {memory_bytes / 1e9:.1f} there are:")
+    if plan.peak * 1e9 > memory_bytes:
+        print("warning: that is more than there is; --dry-run --memory 80 plans for a GPU")
     for moment, parts in plan.moments.items():
         parts = ", ".join(f"{name} {value:.2f}" for name, value in parts.items())
         wrapped(f"{moment} {plan.total(moment):.2f}: {parts}", "  ")

@@ -51,6 +51,7 @@ from data import (
     fingerprint,
     is_evaluation,
     load_problems,
+    needs_hub,
     span,
     unverifiable,
     without_shared,
@@ -67,6 +68,7 @@ from model import (
     one_line,
     plain_blocks,
     read_json,
+    repository,
     resolve,
 )
 from optimizer import BYTES, SplitAdamW
@@ -150,7 +152,10 @@ def layers(text):
     """argparse type of --bupo-layer: none, auto, or layers from 1 with commas between them, as
     text."""
     for part in text.split(",") if text not in ("none", "auto", "") else ():
-        natural(part.strip() or "1")
+        try:
+            natural(part.strip() or "1")
+        except argparse.ArgumentTypeError as e:
+            raise argparse.ArgumentTypeError(f"{e}; or give auto, or none for plain GRPO") from None
     return text
 
 
@@ -501,6 +506,8 @@ def parse(argv=None):
     )
     args.bupo_layer = args.bupo_layer or "none"
     args.mini_prompts = min(args.mini_prompts, args.prompts)
+    if args.memory and not args.dry_run:
+        raise ValueError("--memory is of a plan: add --dry-run")
     return args
 
 
@@ -742,6 +749,8 @@ def open_run(args) -> Run:
     if args.model == "tiny":
         torch.set_num_threads(1)
     device = pick_device(args.device)
+    if args.model != "tiny" and not Path(args.model).is_dir():
+        repository(args.model)  # before any problem is fetched
     problems, tests = load_data(args)
     config, folder = find_model(args)
     args.model_commit = folder and hub.commit(folder)
@@ -806,6 +815,10 @@ def dry_run(args):
         schedule = Schedule.parse(args.bupo_layer, args.bupo_steps, config.n_layers)
     show_run(args, config, schedule, device)
     show_plan(config, args, chosen, memory, is_gpu(device))
+    if needs_hub(args.data) or (args.eval_data and needs_hub(args.eval_data)):
+        print("problems: not read, a dry run fetches nothing")
+        return
+    problems, _ = load_data(args)
     if args.model == "tiny":
         with tempfile.TemporaryDirectory() as scratch:
             tiny.write_tokenizer(Path(scratch))
@@ -813,9 +826,10 @@ def dry_run(args):
     elif folder:
         tokenizer = tokenizers.load(folder, args.format)
     else:
+        print(f"{len(problems):,} problems; first prompt: not shown, the tokenizer is not here")
         return
     prompts, dropped = encode_prompts(
-        tokenizer, load_data(args)[0], args.max_prompt_tokens, args.system, args.thinking
+        tokenizer, problems, args.max_prompt_tokens, args.system, args.thinking
     )
     show_prompts(tokenizer, prompts, dropped)
 

@@ -937,7 +937,9 @@ def test_the_headline_command_is_planned_without_network_gpu_and_weights(tmp_pat
         )
 
     one, many = dry("80"), dry("16,24,48,80,141")
-    assert one.returncode == many.returncode == 0 and not one.stderr + many.stderr
+    assert one.returncode == many.returncode == 0 and not many.stderr
+    said = one.stderr.splitlines()  # at most that this disk is too small for its checkpoints
+    assert all(line.startswith("warning: checkpoints take 40.2 GB") for line in said)
     slots = int(re.search(r"--slots (\d+)", one.stdout)[1])
     assert (
         slots >= 24
