@@ -511,6 +511,7 @@ def logs(rng, good, folder):
 
     import checkpoint
     import train
+    from rows import read_rows
 
     sample = {"step": 1, "prompt_ids": [1, 2, 3], "ids": [4, 5], "response": "é\x1b"}
     metric = {
@@ -527,7 +528,7 @@ def logs(rng, good, folder):
         (folder / name).write_bytes(damaged_bytes(rng, content) if rng.random() < 0.5 else content)
     train.plot.training = lambda *paths: None  # other files' concern, and slow
     for _ in range(2):
-        rows, _ = checkpoint.read_rows(folder / "metrics.jsonl")
+        rows, _ = read_rows(folder / "metrics.jsonl")
         with contextlib.redirect_stdout(io.StringIO()) as said:
             train.finish(SimpleNamespace(args=SimpleNamespace(out=folder), schedule="grpo"), rows)
         assert all(c == "\n" or c.isprintable() for c in said.getvalue()), (
@@ -537,7 +538,7 @@ def logs(rng, good, folder):
             assert 0 < length < len(ids) and set(ids) <= set(range(6))
         for name in ("samples.jsonl", "metrics.jsonl"):
             checkpoint.rewind(folder / name, 2)
-    rows, skipped = checkpoint.read_rows(folder / "metrics.jsonl")
+    rows, skipped = read_rows(folder / "metrics.jsonl")
     assert not skipped and all(row["step"] <= 2 for row in rows)
 
 
