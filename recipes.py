@@ -20,11 +20,11 @@ RECIPES = {
         prompts=10,
         mini_prompts=10,
         group=8,
-        steps=12,
+        steps=14,
         lr=2e-5,
         slots=80,
         micro_tokens=2048,
-        save_every=12,
+        save_every=14,
     ),
     # what everybody asks for, sized for one 24 GB card; not yet run. Others take .29 to .50 in 20
     # steps and .69 in 50 with it
