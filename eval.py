@@ -24,9 +24,8 @@ import json
 import math
 import os
 import shutil
-import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +41,7 @@ from decompose import folder_name
 from model import Config, load, read_json, resolve
 from plot import number
 from rollout import Sample, Sampler
-from rows import parsed
+from rows import parsed, printable
 from tokenizer import SYSTEM
 from verify import Verdict, grade, hendrycks
 
@@ -499,15 +498,10 @@ ROUNDS = 32  # times that the slots are filled between two looks at the disk
 
 
 def say(text):
-    """Print a line, control characters as escapes. An ASCII terminal, a reader that has gone
-    (`| head`) or a full disk cost what is said, not what was sampled."""
-    plain = (c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    try:
-        print("".join(plain).encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    except OSError:
-        with suppress(OSError, ValueError):  # what is still buffered must not fail at the exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Print a line, what would act on a terminal as escapes. That nobody reads it, or that the
+    terminal knows few letters, is `guarded`'s concern: it costs what is said, not what was
+    sampled."""
+    print(printable(text), flush=True)
 
 
 def evaluate(sampler, tokenizer, name, prompts, args, part):
