@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 
-import parallel
 from grpo import (
     Batch,
     Response,
@@ -25,7 +24,7 @@ from grpo import (
     response_weights,
     token_logprobs,
 )
-from model import has_flash
+from plumbing import kernels, parallel
 
 # what a rank runs while others still have micro-batches: see parallel.in_step
 IDLE = [Response([0], [0], [0.0])]
@@ -126,7 +125,7 @@ def cut(model, responses, max_tokens, pack=None):
     """
     E = model.unembedding
     if pack is None:
-        pack = has_flash(E.device, E.dtype, model.config.head_dim)
+        pack = kernels.has_flash(E.device, E.dtype, model.config.head_dim)
     for micro in parallel.in_step(micro_batches(responses, max_tokens, pack)):
         yield micro, collate(micro or IDLE, E.device, pack)
 

@@ -33,10 +33,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import plot
-from cli import guarded, natural, pick_device, whole
-from data import DataError, load_problems
-from model import causal, load, project, read_json, resolve
+from model import causal, project
+from plumbing.cli import guarded, natural, pick_device, whole
+from plumbing.data import DataError, load_problems
+from plumbing.hub import load, resolve
+from plumbing.rows import read_json
+from tools import plot
 
 # The order of the stream. attn_in and mlp_in are the normed states that a block's sub-layers read:
 # the paper's entropy changes start there.
@@ -1097,7 +1099,7 @@ def analyse(args):
     device = torch.device(pick_device(args.device))
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     model = load(next(iter(models.values()))[1], dtype, device)
-    import tokenizer as tokenizers
+    from plumbing import tokenizer as tokenizers
 
     tokenizer = None
     try:

@@ -31,18 +31,16 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import hub
-import parallel
-import tokenizer as tokenizers
-from cli import guarded, natural, pick_device
-from data import DataError, Problem, fingerprint, load_problems
 from decompose import folder_name
-from model import Config, load, read_json, resolve
-from plot import number
+from plumbing import checkpoint, download, parallel
+from plumbing import tokenizer as tokenizers
+from plumbing.cli import guarded, natural, pick_device
+from plumbing.data import DataError, Problem, fingerprint, load_problems
+from plumbing.hub import load, read_config, resolve
+from plumbing.rows import parsed, printable, read_json
+from plumbing.tokenizer import SYSTEM
 from rollout import Sample, Sampler
-from rows import parsed, printable
-from tokenizer import SYSTEM
+from tools.plot import number
 from verify import Verdict, grade, hendrycks
 
 # ----------------------------------------------------------------------------------------------
@@ -553,9 +551,9 @@ def main(argv=None):
     tokenizer = tokenizers.load(folder, args.format)
     limits = args.max_prompt_tokens, args.system, args.thinking
     prompts = {name: encode_prompts(tokenizer, p, *limits) for name, p in sets.items()}
-    max_len = tokens_a_row(prompts, args, Config.from_hf(read_json(folder / "config.json")))
+    max_len = tokens_a_row(prompts, args, read_config(read_json(folder / "config.json")))
     about = {"device": device, "torch": torch.__version__, "limit": args.limit}
-    about["model_commit"] = hub.commit(folder)
+    about["model_commit"] = download.commit(folder)
     found = {"model_sha256": parallel.on_first(identity, folder), "dtype": str(dtype)}
     found |= {"format": tokenizer.format}
     now = {"model": args.model} | {name: (vars(args) | found)[name] for name in SETTINGS}

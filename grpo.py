@@ -20,7 +20,8 @@ from itertools import accumulate
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from model import add_mm32, half, packed, project
+from model import packed, project
+from plumbing.kernels import add_mm32, half
 
 
 def group_advantages(rewards: torch.Tensor, kind="grpo", eps=1e-6) -> torch.Tensor:
@@ -248,7 +249,7 @@ def collate(responses: list[Response], device="cpu", pack=False) -> Batch:
     forward = {}
     if pack:
         forward = {
-            "pos": torch.cat([torch.arange(len(row)) for row in rows]).to(device),
+            "position": torch.cat([torch.arange(len(row)) for row in rows]).to(device),
             "attend": packed([*map(len, rows)], device),
         }
     return Batch(

@@ -25,34 +25,22 @@ sample does not depend on what else is in the batch, on the number of slots, or 
 free.
 """
 
-import copy
 import math
 import sys
 import time
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from model import (
-    Block,
-    Transformer,
-    compile_errors,
-    flash,
-    has_flash,
-    packed,
-    public_kernel,
-    splits,
-)
-
-# prompt tokens in one forward: enough to keep a GPU busy, little enough for their activations to
-# fit anywhere
-PREFILL_TOKENS = 16384
+from model import Transformer, packed
+from plumbing import kernels
+from plumbing.kernels import compile_errors, compiled_graphs, flash, regions, splits
+from plumbing.memory import PREFILL_TOKENS
 
 
 @dataclass
@@ -236,7 +224,7 @@ class Sampler:
                 )
             self.slots = self.slots or min(room, 256)
         B = self.slots = self.slots or 64
-        self.flash = has_flash(device, dtype, c.head_dim)
+        self.flash = kernels.has_flash(device, dtype, c.head_dim)
         # one tensor a layer: written through an index, a stacked cache would be copied whole at
         # every step by a compiled graph. Column max_len is no part of a row: a dead row writes
         # there, so that its prompt stays intact for the rest of its group
@@ -283,7 +271,7 @@ class Sampler:
             ks[rows, at], vs[rows, at] = k, v
             return over_cache(q, ks[:width, :seen], vs[:width, :seen])
 
-        h = self.net(tok, pos=pos, attend=attend)
+        h = self.net(tok, position=pos, attend=attend)
         # [B,V] float32, logits / T
         z = torch.addcdiv(self.bias, self.net.unembed(h), self.temperature)
         if filters:
@@ -364,7 +352,7 @@ class Sampler:
                 old.flatten(0, 1)[target] = new[source]
             return apart(layer, q, k, v)
 
-        self.net(ids, pos=pos, attend=attend)
+        self.net(ids, position=pos, attend=attend)
 
     @torch.no_grad()
     def generate(
@@ -599,32 +587,3 @@ class Sampler:
             out[i][j] = Sample(ids[: drawn[s]], logprobs[: drawn[s]], ids[drawn[s] - 1] in stop_ids)
             stats["tokens"] += drawn[s]
         bar.update(len(done))
-
-
-@cache
-def region():
-    """A class of blocks that are compiled once for all layers: half the compile time of a deep
-    model, and the same speed."""
-
-    class Region(Block):
-        @torch.compiler.nested_compile_region
-        def forward(self, x, angles, attend):
-            return Block.forward(self, x, angles, attend)
-
-    return Region
-
-
-def regions(model):
-    """The same parameters in blocks that a compiled step compiles once for all layers."""
-    # before torch 2.12 a region that writes into a cache is untried
-    if not public_kernel():
-        return model
-    net = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    for block in net.blocks:
-        block.__class__ = region()
-    return net
-
-
-def compiled_graphs():
-    """Graphs torch.compile has made in this process."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -21,12 +21,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import arithmetic
 from bupo import policy_logprobs
-from data import Problem
 from grpo import Response, collate, micro_batches
-from model import Config, Transformer, save
-from tokenizer import load as load_tokenizer
+from model import Config, Transformer
+from plumbing import arithmetic
+from plumbing.data import Problem
+from plumbing.hub import save
+from plumbing.tokenizer import load as load_tokenizer
 
 CONFIG = Config(
     "qwen3",
@@ -41,27 +42,6 @@ CONFIG = Config(
     max_len=128,
 )
 END = 256  # <|endoftext|>; ids 0..255 are the bytes
-# what `python train.py` means; any flag given on the command line overrides it
-DEFAULTS = dict(
-    data="tiny",
-    eval_data="tiny",
-    system="",
-    bupo_layer="3",
-    bupo_steps="15",
-    steps=60,
-    prompts=32,
-    group=8,
-    mini_prompts=16,
-    lr=1e-4,
-    max_new_tokens=64,
-    max_prompt_tokens=32,
-    slots=64,
-    micro_tokens=4096,
-    save_every=10,
-    eval_every=10,
-    eval_limit=256,
-    watch_layers=5,
-)
 
 
 def worked(numbers):

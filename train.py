@@ -35,17 +35,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoint
-import cli
 import decompose
-import hub
-import parallel
-import plot
 import tiny
-import tokenizer as tokenizers
 from bupo import Schedule, backward, forward_flops, policy_logprobs, stored_logprobs
-from cli import Parser, guarded, natural, no_memory, pick_device, printable, short_name
-from data import (
+from eval import answer, avg_at_k, encode_prompts
+from grpo import Response, collate, group_advantages, overlong_penalty
+from model import Transformer
+from plumbing import checkpoint, cli, download, parallel
+from plumbing import tokenizer as tokenizers
+from plumbing.cli import Parser, guarded, natural, no_memory, pick_device, printable, short_name
+from plumbing.data import (
     DataError,
     batch,
     fingerprint,
@@ -53,26 +52,11 @@ from data import (
     load_problems,
     needs_hub,
     span,
-    unverifiable,
     without_shared,
 )
-from eval import answer, avg_at_k, encode_prompts
-from grpo import Response, collate, group_advantages, overlong_penalty
-from model import (
-    HUB,
-    Config,
-    Transformer,
-    compile_blocks,
-    compile_errors,
-    load,
-    one_line,
-    plain_blocks,
-    read_json,
-    repository,
-    resolve,
-)
-from optimizer import BYTES, SplitAdamW
-from plan import (
+from plumbing.hub import HUB, load, read_config, repository, resolve
+from plumbing.kernels import compile_blocks, compile_errors, plain_blocks
+from plumbing.memory import (
     CONTEXT,
     choose,
     default_new_tokens,
@@ -84,12 +68,15 @@ from plan import (
     table,
     wrapped,
 )
-from recipes import RECIPES
+from plumbing.optimizer import BYTES, SplitAdamW
+from plumbing.recipes import RECIPES
+from plumbing.rows import each_row, one_line, read_json
+from plumbing.shapes import shape
+from plumbing.signals import Signals, Stopped
+from plumbing.tokenizer import SYSTEM, Tokenizer
 from rollout import Sampler, fold
-from rows import each_row
-from shapes import shape
-from signals import Signals, Stopped
-from tokenizer import SYSTEM, Tokenizer
+from tools import plot
+from verify import verifiable
 
 # settings that change the numbers of a run: a resume with other values is refused
 MATHS = (
@@ -641,7 +628,7 @@ def find_model(args):
     # a run goes on with the model it began with, although the hub's may have moved
     commit = args.revision or earlier_settings(args).get("model_commit") or None
     folder = parallel.on_first(resolve, args.model, commit)
-    return Config.from_hf(read_json(folder / "config.json")), folder
+    return read_config(read_json(folder / "config.json")), folder
 
 
 def earlier_settings(args) -> dict:
@@ -710,7 +697,8 @@ def load_data(args):
         tests = tiny.problems(args.eval_limit, 0, held_out=True)
     elif args.eval_data:
         tests = load_problems(args.eval_data, limit=args.eval_limit)
-    if len(bad := unverifiable(problems)) > len(problems) // 100:
+    bad = [p for p in problems if not verifiable(p.answer)]
+    if len(bad) > len(problems) // 100:
         raise DataError(
             f"{args.data}: {len(bad)} of {len(problems)} gold answers do not verify against "
             f"themselves "
@@ -753,7 +741,7 @@ def open_run(args) -> Run:
         repository(args.model)  # before any problem is fetched
     problems, tests = load_data(args)
     config, folder = find_model(args)
-    args.model_commit = folder and hub.commit(folder)
+    args.model_commit = folder and download.commit(folder)
     schedule = (
         None
         if args.bupo_layer == "auto"

@@ -40,7 +40,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-from exact import (
+from plumbing.exact import (
     CALL,
     FUNCTIONS,
     NAME,
@@ -90,6 +90,12 @@ def grade(response, gold):
         if len(parts) > 1 and equal_set(parts, gold):
             return Verdict(True, ", ".join(parts), "equal: set")
     return Verdict(reason.startswith("equal"), answer, reason)
+
+
+def verifiable(gold) -> bool:
+    """Whether a response that says exactly this gold answer is accepted: if not, nothing can earn
+    its reward."""
+    return verify(f"\\boxed{{{gold}}}", gold)
 
 
 def equal(answer, gold):

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import model
+from plumbing import kernels
 
 # --------------------------------------------------------------------------------------------------
 # FlashAttention-2 over sequences laid end to end
@@ -38,7 +38,7 @@ def require(condition, message):
 
 
 def serves(device, dtype, head_dim):
-    """`model.has_flash` of a machine whose every device has the kernel."""
+    """`kernels.has_flash` of a machine whose every device has the kernel."""
     return dtype in HALF and head_dim % 8 == 0 and head_dim <= 256
 
 
@@ -222,7 +222,7 @@ def flash_kernel():
 
         return run
 
-    real = model.has_flash
+    real = kernels.has_flash
     users = [m for m in list(sys.modules.values()) if getattr(m, "has_flash", None) is real]
     with (
         torch.library._scoped_library("aten", "IMPL") as library,

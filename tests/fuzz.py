@@ -226,9 +226,10 @@ def make(folder):
     import pyarrow.parquet
     import torch
 
-    import checkpoint
     import tiny
-    from model import Config, Transformer, save
+    from model import Config, Transformer
+    from plumbing import checkpoint
+    from plumbing.hub import save
 
     for name, family, tied, more in (
         ("qwen3", "qwen3", True, {}),
@@ -300,7 +301,7 @@ def make(folder):
 def tokenizers(folder, tiny):
     """Two tokenizer folders: bytes alone, and a small BPE in the manner of Qwen, with control
     tokens."""
-    import tokenizer
+    from plumbing import tokenizer
 
     tiny.write_tokenizer(folder / "bytes")
     shutil.copytree(folder / "bytes", folder / "bpe")
@@ -369,9 +370,9 @@ def load_model(folder):
     """Load, and compute: a shape that was let through must work."""
     import torch
 
-    import model
+    from plumbing import hub
 
-    m = model.load(folder)
+    m = hub.load(folder)
     assert all(p.isfinite().all() for p in m.parameters()), "NaN or Inf was loaded"
     with torch.no_grad():
         assert (
@@ -408,7 +409,7 @@ def index(rng, good, folder):
 
 
 def tokenizer_json(rng, good, folder):
-    import tokenizer
+    from plumbing import tokenizer
 
     shutil.copytree(good / rng.choice(("bytes", "bpe", "bpe", "bpe")), folder, dirs_exist_ok=True)
     path = folder / rng.choice(
@@ -433,7 +434,9 @@ def tokenizer_json(rng, good, folder):
 
 
 def rows(rng, good, folder):
-    import data
+    from plumbing import data
+    from tools import problems as tool
+    from verify import verifiable
 
     kind, name = rng.choice((".json", ".jsonl", ".parquet")), rng.choice(("rows", "verl"))
     if kind == ".parquet":
@@ -450,10 +453,10 @@ def rows(rng, good, folder):
         p.question.strip() and p.answer.strip() and isinstance(p.id, str) for p in problems
     )
     assert len({p.id for p in problems}) == len(problems)
-    data.unverifiable(problems)
+    assert all(verifiable(p.answer) in (True, False) for p in problems)
     data.fingerprint(problems)
     for p in problems:
-        data.answer_class(p.answer)
+        tool.answer_class(p.answer)
 
 
 def damaged_checkpoint(rng, step):
@@ -472,7 +475,7 @@ def checkpoints(rng, good, folder):
     """Damage alone: what loads is the checkpoint as it was saved, or the one before. With a
     manifest that a liar made to fit: anything that loads, as long as nothing but a clear line or a
     load comes of it."""
-    import checkpoint
+    from plumbing import checkpoint
 
     run = shutil.copytree(good / "run", folder / "run")
     liar = rng.random() < 0.5
@@ -509,9 +512,9 @@ def logs(rng, good, folder):
     them."""
     from types import SimpleNamespace
 
-    import checkpoint
     import train
-    from rows import read_rows
+    from plumbing import checkpoint
+    from plumbing.rows import read_rows
 
     sample = {"step": 1, "prompt_ids": [1, 2, 3], "ids": [4, 5], "response": "é\x1b"}
     metric = {
@@ -559,8 +562,8 @@ TARGETS = {
 
 def clear(error, folder) -> str:
     """What is wrong with an error as a message to a person; "" if nothing is."""
-    from checkpoint import CheckpointError
-    from data import DataError
+    from plumbing.checkpoint import CheckpointError
+    from plumbing.data import DataError
 
     if type(error) not in (ValueError, DataError, CheckpointError) and not isinstance(
         error, OSError

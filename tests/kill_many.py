@@ -63,9 +63,9 @@ def live(argv, log, prepare=None, draws=False):
     from tqdm import tqdm
 
     import eval as evaluation
-    import plot
     import train
-    from cli import guarded
+    from plumbing.cli import guarded
+    from tools import plot
 
     torch.set_num_threads(1)
     # its own is a semaphore between processes, which a killed one leaves behind
@@ -133,7 +133,8 @@ def ended(life, seconds):
 def model_folder(folder) -> Path:
     """A random byte-level model of 4,000 parameters and ten problems, with ten others held out."""
     import tiny
-    from model import Config, Transformer, save
+    from model import Config, Transformer
+    from plumbing.hub import save
 
     save(
         Transformer(Config("qwen3", 260, 16, 3, 2, 1, 8, 32, tied=True, max_len=256)).init_weights(
@@ -193,7 +194,7 @@ def tensors(folder) -> dict:
     process gets another, and no number of a run is drawn from it."""
     from safetensors.numpy import load_file
 
-    import checkpoint
+    from plumbing import checkpoint
 
     if why := checkpoint.problem(folder):
         raise ValueError(why)

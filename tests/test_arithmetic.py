@@ -4,8 +4,7 @@ import re
 
 import pytest
 
-import arithmetic
-import data
+from plumbing import arithmetic, data
 from verify import verify
 
 SETS = (

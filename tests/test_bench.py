@@ -9,11 +9,11 @@ import pytest
 import torch
 from emulated import flash_kernel
 
-import bench
-import bench_gpu
-import shapes
-from model import Config, Transformer, load
+from model import Config, Transformer
+from plumbing import shapes
+from plumbing.hub import load
 from rollout import Sampler
+from tools import bench, bench_gpu
 
 TINY = {
     "tiny": Config("qwen3", 300, 32, 2, 4, 2, 8, 48, tied=True),
@@ -229,8 +229,10 @@ def test_a_part_that_fails_or_takes_too_long_costs_only_itself(tmp_path, monkeyp
     bench_gpu.apart("part", 30, out)
     assert json.loads(out.read_text().splitlines()[-1])["error"] == "ended with exit code 1"
     monkeypatch.setattr(bench_gpu, "ROOT", tmp_path)
-    (tmp_path / "bench.py").write_text("exec sleep 60")
-    monkeypatch.setattr(sys, "executable", "/bin/sh")
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(slow))
     bench_gpu.apart("part", 1, out)
     assert json.loads(out.read_text().splitlines()[-1])["error"] == "killed after 1 s"
 

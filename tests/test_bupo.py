@@ -7,11 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import bupo
-import model as model_file
 from bupo import Schedule, backward, forward_flops, policy_logprobs, stored_logprobs
 from grpo import Response, collate, group_advantages, policy_loss
 from model import Config, Transformer
+from plumbing import kernels
 
 L, END = 4, 3
 CONFIG = Config(
@@ -198,9 +197,8 @@ def test_where_the_kernel_serves_responses_are_packed(model, responses, monkeypa
             [F.scaled_dot_product_attention(*p, is_causal=True).transpose(0, 1) for p in parts]
         )
 
-    monkeypatch.setattr(model_file, "flash", flash)
-    for module in (model_file, bupo):
-        monkeypatch.setattr(module, "has_flash", lambda *_: True)
+    monkeypatch.setattr(kernels, "flash", flash)
+    monkeypatch.setattr(kernels, "has_flash", lambda *_: True)
     assert close(grads(model, responses, max_tokens=64), plain) and calls
     after = stored_logprobs(model, responses, L, 64)
     assert max((a - b).abs().max() for a, b in zip(before, after, strict=True)) < 1e-5
@@ -211,7 +209,7 @@ def test_compiled_blocks_are_the_same_blocks(model, responses):
     """Gradients of eager blocks, for batches of any size, and no graph more after the first two
     sizes."""
     compiled = copy.deepcopy(model)
-    model_file.compile_blocks(compiled)
+    kernels.compile_blocks(compiled)
     for n in (16, 9):
         assert close(
             grads(compiled, responses[:n], 2, pack=False), grads(model, responses[:n], 2)
@@ -224,7 +222,7 @@ def test_compiled_blocks_are_the_same_blocks(model, responses):
 def test_forward_flops(model, responses, monkeypatch):
     """What torch counts of the products (of those by oneDNN it counts none), and attention over all
     pairs of a token and one before it by hand."""
-    monkeypatch.setattr(model_file, "ONEDNN", False)
+    monkeypatch.setattr(kernels, "ONEDNN", False)
     from torch.utils.flop_counter import FlopCounterMode
 
     some = [

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import model as model_file
-from checkpoint import CheckpointError, NotSaved, RunLocked
-from model import Config, Transformer, hf_tensors
-from rows import each_row, read_rows
+from model import Config, Transformer
+from plumbing import checkpoint, hub
+from plumbing.checkpoint import CheckpointError, NotSaved, RunLocked
+from plumbing.hub import hf_tensors
+from plumbing.rows import each_row, read_rows
 
 IDS = torch.arange(24).reshape(2, 12) * 7 % 32
 
@@ -205,9 +206,7 @@ def test_state_that_is_neither_tensor_nor_number_is_refused(tmp_path):
 
 def test_shards_of_weights_and_of_moments(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 4000)
-    monkeypatch.setattr(
-        checkpoint, "save_model", functools.partial(model_file.save, shard_bytes=4000)
-    )
+    monkeypatch.setattr(checkpoint, "save_model", functools.partial(hub.save, shard_bytes=4000))
     model, optimizer = make()
     train(model, optimizer, 1)
     folder = checkpoint.save(tmp_path, 1, model, optimizer, {})
@@ -1089,7 +1088,7 @@ def test_a_step_folder_is_a_hugging_face_folder(tmp_path):
         with torch.no_grad():
             ours = model.unembed(model(IDS))
             torch.testing.assert_close(theirs(IDS).logits, ours, rtol=1e-5, atol=1e-5)
-            assert torch.equal(model_file.load(folder)(IDS), model(IDS))
+            assert torch.equal(hub.load(folder)(IDS), model(IDS))
         assert (folder / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
         # servers load every *.safetensors of the folder itself: the moments must not be among them
         assert [p.name for p in folder.glob("*.safetensors")] == ["model.safetensors"]

@@ -10,10 +10,9 @@ import sys
 import pytest
 from safetensors import SafetensorError
 
-import bench
-import cli
-import shapes
-from cli import guarded
+from plumbing import cli, hub, shapes
+from plumbing.cli import guarded
+from tools import bench
 
 HUGE = str(10**30), "9" * 5000, str(2**64)
 NO_NUMBERS = "", " ", "x", "nan", "-nan", "inf", "-inf", "1e308", "1e-300", "1e999", "-1", "-0.5"
@@ -180,7 +179,6 @@ def test_bench_overwrites_no_model(tmp_path, monkeypatch, capsys):
 
 
 def test_bench_leaves_no_half_model_on_a_full_disk(tmp_path, monkeypatch, capsys):
-    import model
     from model import Config
 
     def save_file(tensors, path, metadata=None):
@@ -190,7 +188,7 @@ def test_bench_leaves_no_half_model_on_a_full_disk(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(
         shapes, "SHAPES", {"toy": Config("qwen3", 300, 32, 2, 4, 2, 8, 48, tied=True)}
     )
-    monkeypatch.setattr(model, "save_file", save_file)
+    monkeypatch.setattr(hub, "save_file", save_file)
     with pytest.raises(SystemExit) as e:
         guarded(bench.main, ["init", "--like", "toy", "--out", str(tmp_path / "m")])
     said = capsys.readouterr().err

@@ -22,11 +22,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_hub import damage, empty_cache, fill
 
-import arithmetic
-import data
-import hub
 import tiny
-from data import DataError, Problem, load_problems
+from plumbing import arithmetic, data, download
+from plumbing.data import DataError, Problem, load_problems
+from tools import problems as tool
+from verify import verifiable
 
 ROWS = [{"problem": "What is 1+1?", "answer": "2"}, {"problem": "Is 7 prime?", "answer": "Yes"}]
 PAIRS = [("What is 1+1?", "2"), ("Is 7 prime?", "Yes")]
@@ -384,7 +384,7 @@ def test_numbers_of_any_size(tmp_path, number):
     row = b'{"question": "q", "answer": N, "id": N, "difficulty": N}'.replace(b"N", number.encode())
     problem = load_problems(write(tmp_path / "a.jsonl", row), difficulty=(-1e309, 1e309))[0]
     assert Fraction(problem.answer) == Fraction(str(json.loads(number)))
-    data.describe([problem], data.Report("x"))
+    tool.describe([problem], data.Report("x"))
 
 
 def test_values_that_python_has_nothing_for_cost_their_row(tmp_path):
@@ -448,7 +448,7 @@ def test_escapes_in_data_do_not_reach_the_terminal(tmp_path, capsys):
     ]
     path = write(tmp_path / f"{evil}.jsonl", *rows)
     problems, report = data.read(path)
-    data.describe(problems, report)
+    tool.describe(problems, report)
     shown = capsys.readouterr().out
     with pytest.raises(DataError) as e:
         load_problems(path)
@@ -554,7 +554,7 @@ def made(tmp_path, monkeypatch):
             path.write_bytes(table(file, rows_of(file)))
             return path
 
-        monkeypatch.setattr(data, "download", fake)
+        monkeypatch.setattr(data, "hub_file", fake)
         return asked
 
     return make
@@ -652,14 +652,17 @@ def test_which_sets_are_there_to_measure_with(tmp_path):
 
 
 def test_sets_made_here_need_no_hub(monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "download", lambda *a: pytest.fail("asked the hub"))
+    monkeypatch.setattr(data, "hub_file", lambda *a: pytest.fail("asked the hub"))
     words = load_problems("words:2:20", limit=3)
     assert [p.id for p in words] == [f"words:2:20 row {i}" for i in (1, 2, 3)]
     assert pairs(words) == arithmetic.problems("words:2:20")[:3]
     assert pairs(load_problems("sums-test", limit=256)) == pairs(
         tiny.problems(256, 0, held_out=True)
     )
-    assert not data.unverifiable(load_problems("words")) and words[0].source == "words:2:20"
+    assert (
+        all(verifiable(p.answer) for p in load_problems("words"))
+        and words[0].source == "words:2:20"
+    )
     with pytest.raises(FileNotFoundError, match="words:9"):
         load_problems("words:9")
     monkeypatch.chdir(tmp_path)
@@ -672,7 +675,7 @@ def test_sets_made_here_need_no_hub(monkeypatch, tmp_path):
 
 
 def test_a_local_path_never_asks_the_hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "download", lambda *a: pytest.fail("asked the hub"))
+    monkeypatch.setattr(data, "hub_file", lambda *a: pytest.fail("asked the hub"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "math500").mkdir()
     write(tmp_path / "math500" / "x.jsonl", *ROWS)
@@ -723,9 +726,9 @@ def test_damaged_set_in_the_cache_is_not_read(tmp_path, monkeypatch, name, how):
 
 def test_hub_errors_say_what_and_what_to_do(monkeypatch):
     def fail(*args):
-        raise hub.HubError("cannot get it: why; what to do")
+        raise download.HubError("cannot get it: why; what to do")
 
-    monkeypatch.setattr(hub, "fetch", fail)
+    monkeypatch.setattr(download, "fetch", fail)
     with pytest.raises(DataError, match="cannot get it: why; what to do") as e:
         load_problems("aime25")
     assert e.value.__suppress_context__ and e.value.exit_code == 3
@@ -764,11 +767,11 @@ def test_order_is_a_permutation_that_depends_on_its_arguments_alone():
     # sort. A change breaks every run's resume.
     assert data.order(8, seed=0, epoch=0) == [7, 0, 5, 1, 2, 3, 6, 4]
     fresh = subprocess.run(
-        [sys.executable, "-c", "import data; print(data.order(50, 1, 1))"],
+        [sys.executable, "-c", "from plumbing import data; print(data.order(50, 1, 1))"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONHASHSEED": "7"},
-        cwd=os.path.dirname(data.__file__),
+        cwd=os.path.dirname(tiny.__file__),
     )
     assert fresh.stdout.strip() == str(orders[50, 1, 1])
 
@@ -861,7 +864,7 @@ def test_batch_refuses(problems, step, size):
     }.items(),
 )
 def test_answer_class(name, answers):
-    assert {a: data.answer_class(a) for a in answers} == dict.fromkeys(answers, name)
+    assert {a: tool.answer_class(a) for a in answers} == dict.fromkeys(answers, name)
 
 
 def test_select_filters_and_says_what_removed_what(caplog):
@@ -871,14 +874,14 @@ def test_select_filters_and_says_what_removed_what(caplog):
         Problem("d e", "\\pi"),
         Problem("none", "3"),
     ]
-    assert data.select(problems) == problems
-    assert data.select(problems, classes=["integer", "expression"]) == [
+    assert tool.select(problems) == problems
+    assert tool.select(problems, classes=["integer", "expression"]) == [
         problems[0],
         problems[2],
         problems[3],
     ]
     with caplog.at_level("INFO", "nanobupo.data"):
-        assert data.select(problems, max_tokens=2, count=lambda q: len(q.split())) == [
+        assert tool.select(problems, max_tokens=2, count=lambda q: len(q.split())) == [
             problems[0],
             problems[2],
             problems[3],
@@ -888,11 +891,11 @@ def test_select_filters_and_says_what_removed_what(caplog):
         DataError,
         match=r"none of 4 problems is left: classes \['decimal'\] removed 4",
     ):
-        data.select(problems, classes=["decimal"])
+        tool.select(problems, classes=["decimal"])
     with pytest.raises(ValueError, match="'number'; there are yes/no, integer"):
-        data.select(problems, classes=["number"])
+        tool.select(problems, classes=["number"])
     with pytest.raises(DataError, match="there were none"):
-        data.select([])
+        tool.select([])
 
 
 def test_fingerprint_sees_content_and_order():
@@ -918,10 +921,10 @@ def test_overlap_equal_and_partial():
         Problem(t, "2")
         for t in ("nothing", "short ONE?\n", "x " + " ".join(words[:25]) + " y", long.upper())
     ]
-    equal, shared = data.overlap(mine, others)
+    equal, shared = tool.overlap(mine, others)
     assert equal == [(1, 1), (4, 3)]
     assert shared == {0: 6 / 21, 3: 6 / 11}  # w0..w24 hold 6 runs of 20 words, of 21 and of 11
-    assert data.overlap(mine, others, n=26)[1] == {}
+    assert tool.overlap(mine, others, n=26)[1] == {}
 
 
 SAME = [
@@ -968,9 +971,9 @@ def test_shared_questions_are_dropped_from_training_and_counted():
 
 
 def run(*args):
-    folder = os.path.dirname(data.__file__)
+    folder = os.path.dirname(tiny.__file__)
     return subprocess.run(
-        [sys.executable, "data.py", *map(str, args)],
+        [sys.executable, "-m", "tools.problems", *map(str, args)],
         capture_output=True,
         text=True,
         cwd=folder,
@@ -1039,17 +1042,18 @@ def test_command_reads_sets_made_here_and_says_nothing_of_others_logs():
     assert got.returncode == 0 and "5 problems of 5 rows" in got.stdout, got.stderr
     assert "0 questions are equal" in got.stdout
     script = (
-        "import sys, logging, data; sys.argv = ['data.py', 'words', '--limit', '1']; data.main();"
+        "import sys, logging; from plumbing import data; from tools import problems; "
+        "sys.argv = ['problems', 'words', '--limit', '1']; problems.main();"
         "logging.getLogger('httpx').info('HTTP Request'); data.log.info('ours')"
     )
-    folder = os.path.dirname(data.__file__)
+    folder = os.path.dirname(tiny.__file__)
     got = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=folder)
     assert "HTTP Request" not in got.stderr and "ours" in got.stderr
 
 
 def test_self_check_finds_answers_that_no_response_can_match():
     problems = [Problem("q", "\\frac{1}{2}"), Problem("q", "}{"), Problem("q", "Yes")]
-    assert data.unverifiable(problems) == [problems[1]]
+    assert [verifiable(p.answer) for p in problems] == [True, False, True]
 
 
 # --------------------------------------------------------------------------------- the real files
@@ -1093,7 +1097,7 @@ def test_real_files(shared, name, rows, first, answer):
         assert all(
             p.answer.isascii()
             and p.answer.lstrip("-").isdigit()
-            and data.answer_class(p.answer) == "integer"
+            and tool.answer_class(p.answer) == "integer"
             for p in problems
         )
 
@@ -1101,7 +1105,7 @@ def test_real_files(shared, name, rows, first, answer):
 def test_training_and_evaluation_questions_do_not_meet(shared):
     train = load_problems(shared / "data" / "deepmath-5k.parquet")
     for name in ("aime_2024", "aime_2025", "amc2023", "math500"):
-        equal, parts = data.overlap(load_problems(shared / "data" / f"{name}.parquet"), train)
+        equal, parts = tool.overlap(load_problems(shared / "data" / f"{name}.parquet"), train)
         assert (
             not equal
             and len(parts) == (2 if name == "math500" else 0)

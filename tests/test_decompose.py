@@ -9,10 +9,7 @@ import pytest
 import torch
 
 import decompose
-import plot
 import tiny as embedded
-from cli import guarded
-from data import Problem
 from decompose import (
     attribute,
     auto_layer,
@@ -25,7 +22,11 @@ from decompose import (
     pick,
     reduce_logits,
 )
-from model import Config, Transformer, load, save
+from model import Config, Transformer
+from plumbing.cli import guarded
+from plumbing.data import Problem
+from plumbing.hub import load, save
+from tools import plot
 
 SHAPE = dict(
     vocab_size=101,
@@ -902,7 +903,7 @@ def test_labels_are_names_of_models(tmp_path, monkeypatch):
 
 def test_texts_of_tokens(tmp_path):
     """Bytes that are no character alone are escapes, in files and figures."""
-    import tokenizer
+    from plumbing import tokenizer
 
     tok = tokenizer.load(byte_model(tmp_path))
     texts = [decompose.token_text(tok, i) for i in (0, 10, 65, 0x9F, 0xFF, 256, 300)]

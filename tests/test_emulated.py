@@ -11,11 +11,12 @@ import pytest
 import torch
 from emulated import CaptureError, KernelError, cuda_graphs, flash_kernel
 
-import model as model_file
 from bupo import backward, policy_logprobs
 from grpo import Response, collate, group_advantages
-from model import Config, Transformer, causal, flash, has_flash, packed
-from optimizer import SplitAdamW
+from model import Config, Transformer, causal, packed
+from plumbing import kernels
+from plumbing.kernels import flash, has_flash
+from plumbing.optimizer import SplitAdamW
 from rollout import Sampler
 
 BF16, V, STOPS = torch.bfloat16, 96, (3, 5)
@@ -33,8 +34,8 @@ def kernel():
 def interface(request, monkeypatch):
     """The kernel as torch 2.12 offers it, and as the operator behind that, for older ones."""
     if request.param == "operator":
-        monkeypatch.setattr(model_file, "public_kernel", lambda: None)
-    elif not model_file.public_kernel():
+        monkeypatch.setattr(kernels, "public_kernel", lambda: None)
+    elif not kernels.public_kernel():
         pytest.skip("varlen_attn of this torch takes no live lengths")
 
 
@@ -123,11 +124,11 @@ def test_nothing_of_the_emulation_is_left():
     names = "Stream", "stream", "current_stream", "CUDAGraph", "graph", "synchronize"
     real = [getattr(torch.cuda, name) for name in names]
     with flash_kernel() as calls, cuda_graphs():
-        assert model_file.has_flash(q.device, BF16, 16)
-        assert not model_file.has_flash(q.device, torch.float32, 16)
+        assert kernels.has_flash(q.device, BF16, 16)
+        assert not kernels.has_flash(q.device, torch.float32, 16)
         packed([3], q.device)(1, q, q, q)
         assert calls["forward"] == 1
-    assert model_file.has_flash is has_flash and not has_flash(q.device, BF16, 16)
+    assert kernels.has_flash is has_flash and not has_flash(q.device, BF16, 16)
     assert all(getattr(torch.cuda, name) is x for name, x in zip(names, real, strict=True))
     with pytest.raises(NotImplementedError):
         torch.ops.aten._flash_attention_forward(q, q, q, starts, starts, 3, 3, 0.0, True, False)

@@ -17,10 +17,11 @@ import torch
 
 import eval as evaluation
 import tiny
-from cli import guarded, short_name
-from data import load_problems
 from eval import avg_at_k, pass_at_k, scores
-from model import Config, Transformer, save
+from model import Config, Transformer
+from plumbing.cli import guarded, short_name
+from plumbing.data import load_problems
+from plumbing.hub import save
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_avg_at_k():
 
 
 def test_scores_of_made_up_answers():
-    from data import Problem
+    from plumbing.data import Problem
     from rollout import Sample
     from verify import Verdict
 

@@ -13,7 +13,8 @@ import torch
 import train
 from bupo import backward, stored_logprobs
 from grpo import Response, token_logprobs
-from model import Config, Transformer, causal, compile_blocks, has_flash, packed
+from model import Config, Transformer, causal, packed
+from plumbing.kernels import compile_blocks, has_flash
 from rollout import Sampler, flash_decode, masked_decode
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

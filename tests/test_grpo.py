@@ -253,7 +253,9 @@ def test_packed_positions_by_hand():
     batch = collate(
         [Response([5, 6, 7], [8, 9], [], 1.0), Response([1], [2, 3, 2], [], -1.0)], pack=True
     )
-    assert batch.ids.tolist() == [5, 6, 7, 8, 9, 1, 2, 3, 2] and batch.forward["pos"].tolist() == [
+    assert batch.ids.tolist() == [5, 6, 7, 8, 9, 1, 2, 3, 2] and batch.forward[
+        "position"
+    ].tolist() == [
         0,
         1,
         2,

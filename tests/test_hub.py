@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants, errors
 
-import hub
+from plumbing import download
 
 COMMIT = "c" * 40
 LARGE = (".parquet", ".safetensors")  # in git LFS, and so named by SHA-256 in the cache
-ROOT = Path(hub.__file__).parent
+ROOT = Path(download.__file__).parents[1]
 
 
 def blob_name(name, content):
@@ -81,29 +81,29 @@ def test_a_path_in_the_cache_tells_its_repository_and_commit(cache, tmp_path, mo
     folder = fill(
         cache, "model", "Some-one/a.model", {"config.json": b"{}", "x/model.safetensors": b"x"}
     )
-    assert hub.commit(folder) == hub.commit(folder / "config.json") == COMMIT
-    assert hub.origin(folder / "x" / "model.safetensors") == (
+    assert download.commit(folder) == download.commit(folder / "config.json") == COMMIT
+    assert download.origin(folder / "x" / "model.safetensors") == (
         "model",
         "Some-one/a.model",
         COMMIT,
         "x/model.safetensors",
     )
     monkeypatch.chdir(folder)
-    assert hub.commit(".") == COMMIT  # as it is, not as its links are
+    assert download.commit(".") == COMMIT  # as it is, not as its links are
     assert (
-        hub.commit(tmp_path) is None
-        and hub.origin(cache / "model--x" / "snapshots" / "main") is None
+        download.commit(tmp_path) is None
+        and download.origin(cache / "model--x" / "snapshots" / "main") is None
     )
     data = fill(cache, "dataset", "openai/gsm8k", {"main/test.parquet": b"x"})
-    assert hub.again(data / "main" / "test.parquet") == (
+    assert download.again(data / "main" / "test.parquet") == (
         "run `hf download openai/gsm8k main/test.parquet --force-download --repo-type dataset "
         f"--revision {COMMIT}`"
     )
     assert (
-        hub.again(folder)
+        download.again(folder)
         == f"run `hf download Some-one/a.model --force-download --revision {COMMIT}`"
     )
-    assert hub.again(tmp_path / "x.parquet") == "fetch or write it again"
+    assert download.again(tmp_path / "x.parquet") == "fetch or write it again"
 
 
 # ---------------------------------------------------------------------------------- damaged files
@@ -113,10 +113,10 @@ def test_a_path_in_the_cache_tells_its_repository_and_commit(cache, tmp_path, mo
 @pytest.mark.parametrize("how", ["zeros", "short", "a portal's page", *range(0, 4000, 97)])
 def test_damaged_file_in_the_cache_is_named_with_the_command_that_mends_it(cache, name, how):
     file = fill(cache, "dataset", "a/b", {name: b"0123456789" * 50}) / name
-    hub.check(file)
+    download.check(file)
     damage(file, how)
-    with pytest.raises(hub.HubError, match="is damaged") as e:
-        hub.check(file)
+    with pytest.raises(download.HubError, match="is damaged") as e:
+        download.check(file)
     message = str(e.value)
     assert "\n" not in message and str(file) in message
     assert (
@@ -128,23 +128,23 @@ def test_damaged_file_in_the_cache_is_named_with_the_command_that_mends_it(cache
 def test_what_has_no_hash_is_checked_by_the_one_that_is_known(cache):
     folder = fill(cache, "model", "a/b", {"config.json": b"{}"})
     (folder / "copied.json").write_bytes(b"{}")  # a cache on a system without links
-    hub.check(folder / "copied.json")
+    download.check(folder / "copied.json")
     right = hashlib.sha256(b"{}").hexdigest()
-    hub.check(folder / "copied.json", right)
-    with pytest.raises(hub.HubError, match="hf download a/b copied.json --force-download"):
-        hub.check(folder / "copied.json", "0" * 64)
+    download.check(folder / "copied.json", right)
+    with pytest.raises(download.HubError, match="hf download a/b copied.json --force-download"):
+        download.check(folder / "copied.json", "0" * 64)
     (folder / "config.json").resolve().rename(folder / "etag-of-a-mirror")
     (folder / "config.json").unlink()
     (folder / "config.json").symlink_to("etag-of-a-mirror")
-    hub.check(folder / "config.json")  # a mirror's names need not be hashes
+    download.check(folder / "config.json")  # a mirror's names need not be hashes
     plain = hashlib.sha1(b"{}").hexdigest()
     (folder / "etag-of-a-mirror").rename(folder / plain)
     (folder / "config.json").unlink()
     (folder / "config.json").symlink_to(plain)
-    hub.check(folder / "config.json")  # or another kind of hash
+    download.check(folder / "config.json")  # or another kind of hash
     damage(folder / "config.json", 0)
-    with pytest.raises(hub.HubError, match="damaged"):
-        hub.check(folder / "config.json")
+    with pytest.raises(download.HubError, match="damaged"):
+        download.check(folder / "config.json")
 
 
 def test_blob_that_is_itself_a_link_keeps_its_name(cache):
@@ -155,33 +155,33 @@ def test_blob_that_is_itself_a_link_keeps_its_name(cache):
     blob = file.resolve()
     blob.rename(store)
     blob.symlink_to(store)
-    hub.check(file)
+    download.check(file)
     store.write_bytes(b"Content")
-    with pytest.raises(hub.HubError, match="damaged"):
-        hub.check(file)
+    with pytest.raises(download.HubError, match="damaged"):
+        download.check(file)
 
 
 def test_weights_are_read_once(cache, tmp_path, monkeypatch):
     file = fill(cache, "model", "a/b", {"model.safetensors": b"weights"}) / "model.safetensors"
     reads = []
-    whole = hub._hashes
-    monkeypatch.setattr(hub, "_hashes", lambda *a: reads.append(a) or whole(*a))
-    hub.check(file, once=True)
-    hub.check(file, once=True)
+    whole = download._hashes
+    monkeypatch.setattr(download, "_hashes", lambda *a: reads.append(a) or whole(*a))
+    download.check(file, once=True)
+    download.check(file, once=True)
     assert len(reads) == 1
-    hub.check(file)
+    download.check(file)
     assert len(reads) == 2  # small files are read every time
     os.utime(file.resolve(), ns=(1, 1))
-    hub.check(file, once=True)
+    download.check(file, once=True)
     assert len(reads) == 3  # something has written to it
     damage(file, 3)
     os.utime(file.resolve(), ns=(2, 2))
     for _ in range(2):
-        with pytest.raises(hub.HubError, match="damaged"):
-            hub.check(file, once=True)  # a bad verdict is not remembered
+        with pytest.raises(download.HubError, match="damaged"):
+            download.check(file, once=True)  # a bad verdict is not remembered
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))  # a folder that cannot be made
     damage(file, 3)
-    hub.check(file, once=True)
+    download.check(file, once=True)
 
 
 # ----------------------------------------------------------------- the cache first, or not at all
@@ -196,20 +196,20 @@ def test_what_is_cached_costs_no_request(cache, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: pytest.fail("asked the network"))
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("started a download"))
     for revision in (COMMIT, "main"):
-        assert hub.fetch("dataset", "a/b", revision, "x/y.jsonl") == data / "x" / "y.jsonl"
+        assert download.fetch("dataset", "a/b", revision, "x/y.jsonl") == data / "x" / "y.jsonl"
     for revision in (COMMIT, "main", None):
-        assert hub.snapshot("a/b", revision, ["*.json"], lambda folder: True) == model
+        assert download.snapshot("a/b", revision, ["*.json"], lambda folder: True) == model
 
 
 def test_missing_and_offline_is_said_at_once(cache, monkeypatch):
     fill(cache, "model", "a/b", {"config.json": b"{}"})
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("started a download"))
     for ask in (
-        lambda: hub.fetch("dataset", "a/b", COMMIT, "x.jsonl"),
-        lambda: hub.snapshot("a/b", None, ["*"], lambda folder: False),  # there, but not whole
-        lambda: hub.snapshot("a/b", "other", ["*"], lambda folder: True),
+        lambda: download.fetch("dataset", "a/b", COMMIT, "x.jsonl"),
+        lambda: download.snapshot("a/b", None, ["*"], lambda folder: False),  # there, but not whole
+        lambda: download.snapshot("a/b", "other", ["*"], lambda folder: True),
     ):
-        with pytest.raises(hub.HubError, match="HF_HUB_OFFLINE is set") as e:
+        with pytest.raises(download.HubError, match="HF_HUB_OFFLINE is set") as e:
             ask()
         for part in ("a/b", str(cache), "`hf download a/b", "HF_HOME"):
             assert part in str(e.value)
@@ -242,7 +242,7 @@ NOT_THERE = getattr(errors, "RemoteEntryNotFoundError", errors.EntryNotFoundErro
     ],
 )
 def test_why(error, said):
-    assert said in hub.why(error) and "\n" not in hub.why(error)
+    assert said in download.why(error) and "\n" not in download.why(error)
 
 
 # -------------------------------------------------------------------------- a hub on the loopback
@@ -328,39 +328,40 @@ def server(cache, monkeypatch):
 
 def test_missing_file_is_fetched_once_with_one_line(cache, server, capfd):
     server.files = {"x/y.parquet": b"content"}
-    path = hub.fetch("dataset", "a/b", COMMIT, "x/y.parquet")
-    assert path.read_bytes() == b"content" and hub.commit(path) == COMMIT
-    hub.check(path)
+    path = download.fetch("dataset", "a/b", COMMIT, "x/y.parquet")
+    assert path.read_bytes() == b"content" and download.commit(path) == COMMIT
+    download.check(path)
     said = capfd.readouterr().err
     assert said.startswith(
         f"fetching x/y.parquet of the hub's dataset a/b at revision {COMMIT} from http"
     )
     assert said.count("fetching") == 1
     server.asked.clear()
-    assert hub.fetch("dataset", "a/b", COMMIT, "x/y.parquet") == path
+    assert download.fetch("dataset", "a/b", COMMIT, "x/y.parquet") == path
     assert not server.asked
-    with pytest.raises(hub.HubError, match="no such file in it"):
-        hub.fetch("dataset", "a/b", COMMIT, "nothing.parquet")
+    with pytest.raises(download.HubError, match="no such file in it"):
+        download.fetch("dataset", "a/b", COMMIT, "nothing.parquet")
 
 
 def test_model_is_fetched_whole_and_then_taken_from_the_cache(cache, server):
     server.files = {"config.json": b"{}", "model.safetensors": b"weights", "other.bin": b"no"}
-    folder = hub.snapshot("a/b", None, ["config.json", "*.safetensors"], lambda folder: True)
+    folder = download.snapshot("a/b", None, ["config.json", "*.safetensors"], lambda folder: True)
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
-    assert hub.commit(folder) == COMMIT
+    assert download.commit(folder) == COMMIT
     server.asked.clear()
     assert (
-        hub.snapshot("a/b", None, ["config.json", "*.safetensors"], lambda folder: True) == folder
+        download.snapshot("a/b", None, ["config.json", "*.safetensors"], lambda folder: True)
+        == folder
     )
-    assert hub.snapshot("a/b", COMMIT, ["config.json"], lambda folder: True) == folder
+    assert download.snapshot("a/b", COMMIT, ["config.json"], lambda folder: True) == folder
     assert not server.asked
 
 
 def test_hub_that_never_answers_is_left_after_the_limit(cache, server, capfd):
     server.mode = "hangs"
     began = time.time()
-    with pytest.raises(hub.HubError, match=r"does not answer within 1 s \(\w*Timeout\w*\)"):
-        hub.fetch("dataset", "a/b", COMMIT, "x.parquet")
+    with pytest.raises(download.HubError, match=r"does not answer within 1 s \(\w*Timeout\w*\)"):
+        download.fetch("dataset", "a/b", COMMIT, "x.parquet")
     assert time.time() - began < 20  # the library by itself takes minutes
     assert "Traceback" not in capfd.readouterr().err
 
@@ -368,9 +369,9 @@ def test_hub_that_never_answers_is_left_after_the_limit(cache, server, capfd):
 SCRIPT = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
-import hub
+from plumbing import download
 try:
-    hub.fetch("dataset", "a/b", "{commit}", "x.parquet")
+    download.fetch("dataset", "a/b", "{commit}", "x.parquet")
 except KeyboardInterrupt:
     sys.exit(130)
 """

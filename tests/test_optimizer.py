@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import checkpoint
 from model import Config, Transformer
-from optimizer import BYTES, STATE, SplitAdamW, bytes_per_parameter, join, split
+from plumbing import checkpoint
+from plumbing.optimizer import BYTES, STATE, SplitAdamW, bytes_per_parameter, join, split
 
 SHAPES = [(64, 128), (96,), (4, 8, 32)]
 

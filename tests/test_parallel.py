@@ -23,15 +23,15 @@ import torch
 from test_train import CONFIG, coin, flags, rows, write_problems
 
 import bupo
-import checkpoint
 import eval as evaluation
-import parallel
 import tiny
 import train
-from cli import guarded
 from grpo import Response, micro_batches
-from model import Transformer, load, save
-from optimizer import SplitAdamW
+from model import Transformer
+from plumbing import checkpoint, parallel
+from plumbing.cli import guarded
+from plumbing.hub import load, save
+from plumbing.optimizer import SplitAdamW
 
 # several micro-batches an update, and not equally many on both ranks
 SLACK = ("--micro-tokens", "40")

@@ -15,14 +15,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bupo
-import model as models
-import plan
 import rollout
 import tiny
 from grpo import Batch
 from model import Config, Transformer, packed
-from plan import TooLarge, choose, memory_plan, with_
-from shapes import SHAPES, shape
+from plumbing import kernels
+from plumbing import memory as plan
+from plumbing.hub import HUB
+from plumbing.memory import TooLarge, choose, memory_plan, with_
+from plumbing.shapes import SHAPES, shape
 
 CARDS = 24, 80, 141
 FOUR = "qwen3-0.6b", "qwen3-4b", "llama-3.2-1b", "qwen2.5-1.5b"
@@ -118,9 +119,8 @@ def as_on_a_gpu(monkeypatch, dtype):
     with monkeypatch.context() as patch, FakeTensorMode():
         if gpu:
             patch.setattr(FakeTensor, "is_cuda", True)
-            for module in (models, bupo, rollout):
-                patch.setattr(module, "has_flash", lambda device, dtype, head_dim: True)
-            patch.setattr(models, "flash", lambda q, k, v, *rest: Kernel.apply(q, k, v))
+            patch.setattr(kernels, "has_flash", lambda device, dtype, head_dim: True)
+            patch.setattr(kernels, "flash", lambda q, k, v, *rest: Kernel.apply(q, k, v))
         patch.setattr(torch.nn.Linear, "reset_parameters", lambda layer: None)
         patch.setattr(torch.nn.Embedding, "reset_parameters", lambda layer: None)
         yield
@@ -139,7 +139,9 @@ def micro_batch(tokens, pack):
     ids = torch.empty(tokens if pack else (2, tokens // 2), dtype=torch.long)
     at = torch.empty(tokens, dtype=torch.long)
     half = tokens // 2
-    forward = {"pos": torch.empty_like(ids), "attend": packed([half, half], "cpu")} if pack else {}
+    forward = (
+        {"position": torch.empty_like(ids), "attend": packed([half, half], "cpu")} if pack else {}
+    )
     return Batch(ids, at, torch.empty_like(at), torch.empty(tokens), [half, half], forward)
 
 
@@ -424,7 +426,7 @@ def test_shown_are_parts_peak_reasons_and_disk(capsys, monkeypatch):
 
 
 def test_every_preset_has_a_shape():
-    assert all(shape(name) == shape(repository) for name, repository in models.HUB.items())
+    assert all(shape(name) == shape(repository) for name, repository in HUB.items())
     with pytest.raises(ValueError, match="qwen9-4b: no such shape; there are qwen3-0.6b"):
         shape("qwen9-4b")
 

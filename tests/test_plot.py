@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 
-import plot
+from tools import plot
 
 
 def jsonl(path, rows):

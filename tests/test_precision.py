@@ -11,7 +11,7 @@ import train
 from bupo import Schedule, backward
 from grpo import Response
 from model import Config, Transformer
-from optimizer import SplitAdamW
+from plumbing.optimizer import SplitAdamW
 
 CONFIG = Config("qwen3", 512, 128, 4, 4, 2, 32, 256, tied=True)
 N_VOCAB = 501

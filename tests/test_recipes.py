@@ -4,10 +4,10 @@ import sys
 
 import pytest
 
-import estimate
 import train
-from recipes import RECIPES
-from shapes import SHAPES
+from plumbing.recipes import RECIPES
+from plumbing.shapes import SHAPES
+from tools import estimate
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import model as model_file
 import rollout
 from model import Config, Transformer
+from plumbing import kernels
 from rollout import Sampler, exponential, fold, mix, race, restrict
 
 V, STOPS = 97, (3, 5)
@@ -427,10 +427,9 @@ def test_the_kernels_arguments(monkeypatch, heads, kv, public):
         assert not dropout and not debug and causal == (max_q > 1)
         return (packed_attention(q, k, v, q_starts, k_starts, causal, seqused_k),)
 
-    monkeypatch.setattr(model_file, "public_kernel", lambda: varlen if public else None)
+    monkeypatch.setattr(kernels, "public_kernel", lambda: varlen if public else None)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", operator)
-    for module in (model_file, rollout):
-        monkeypatch.setattr(module, "has_flash", lambda *_: True)
+    monkeypatch.setattr(kernels, "has_flash", lambda *_: True)
     model, prompts = make("qwen3", heads, kv), ragged()
     sampler = Sampler(model, 5, 64, sync=4)
     sampler.shrink = False
@@ -444,8 +443,8 @@ def test_torch_takes_the_kernels_arguments(monkeypatch, public):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     if not public:
-        monkeypatch.setattr(model_file, "public_kernel", lambda: None)
-    elif not model_file.public_kernel():
+        monkeypatch.setattr(kernels, "public_kernel", lambda: None)
+    elif not kernels.public_kernel():
         pytest.skip("varlen_attn of this torch takes no live lengths")
     with FakeTensorMode():
 

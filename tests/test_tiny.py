@@ -5,10 +5,9 @@ import random
 
 import torch
 
-import arithmetic
 import tiny
-import tokenizer
-from model import load
+from plumbing import arithmetic, tokenizer
+from plumbing.hub import load
 from verify import verify
 
 
@@ -54,6 +53,6 @@ def test_warm_up_is_cached_and_reproducible(tmp_path):
 
 
 def test_it_is_well_under_a_million_parameters():
-    import plan
+    from plumbing import memory as plan
 
     assert 100_000 < plan.parameters(tiny.CONFIG) < 300_000

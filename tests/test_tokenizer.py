@@ -23,12 +23,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import bench
-import tokenizer
-from model import HUB
-from model import load as load_model
+from plumbing import tokenizer
+from plumbing.hub import HUB
+from plumbing.hub import load as load_model
+from plumbing.tokenizer import SYSTEM, load
 from rollout import Sampler
-from tokenizer import SYSTEM, load
+from tools import bench
 
 TEXTS = [
     "",

@@ -14,12 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoint
 import eval as evaluation
 import tiny
 import train
-from cli import guarded
-from model import Config, Transformer, load, save
+from model import Config, Transformer
+from plumbing import checkpoint
+from plumbing.cli import guarded
+from plumbing.hub import load, save
 from verify import Verdict
 
 ROOT = Path(train.__file__).parent
@@ -226,7 +227,7 @@ def test_equal_rewards_make_no_update(folder, tmp_path, monkeypatch):
 
 
 def answered(right, length, stopped=True):
-    from data import Problem
+    from plumbing.data import Problem
     from rollout import Sample
 
     return evaluation.Answered(
@@ -867,7 +868,7 @@ def test_too_little_disk_is_said_before_the_first_step(folder, tmp_path, monkeyp
     from collections import namedtuple
 
     monkeypatch.setattr(
-        "plan.shutil.disk_usage",
+        "plumbing.memory.shutil.disk_usage",
         lambda path: namedtuple("Usage", "total used free")(10**9, 10**9 - 1000, 1000),
     )
     train.main(flags(folder, tmp_path / "not/yet", "--dry-run"))

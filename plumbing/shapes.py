@@ -6,7 +6,8 @@ their size.
 
 from dataclasses import replace
 
-from model import HUB, Config
+from model import Config
+from plumbing.hub import HUB
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 

@@ -42,8 +42,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from model import CheckpointError, hf_tensors, one_line, read_json
-from model import save as save_model
+from plumbing.hub import CheckpointError, hf_tensors
+from plumbing.hub import save as save_model
+from plumbing.rows import one_line, read_json
 
 FORMAT = "nanobupo checkpoint 1"
 # of a run folder: rows that carry their step

@@ -4,7 +4,7 @@ ends with 75 or 130."""
 import signal
 from contextlib import contextmanager
 
-import parallel
+from plumbing import parallel
 
 # the terminal is gone; the scheduler will soon end this job
 WARNINGS = signal.SIGHUP, signal.SIGUSR1

@@ -1,11 +1,28 @@
 """Settings that belong to a model and its problems, by name: `python train.py --recipe words`.
 Flags that are given override them."""
 
-import tiny
-
 RECIPES = {
     # the embedded default: minutes on two CPU cores, nothing to download
-    "tiny": tiny.DEFAULTS,
+    "tiny": dict(
+        data="tiny",
+        eval_data="tiny",
+        system="",
+        bupo_layer="3",
+        bupo_steps="15",
+        steps=60,
+        prompts=32,
+        group=8,
+        mini_prompts=16,
+        lr=1e-4,
+        max_new_tokens=64,
+        max_prompt_tokens=32,
+        slots=64,
+        micro_tokens=4096,
+        save_every=10,
+        eval_every=10,
+        eval_limit=256,
+        watch_layers=5,
+    ),
     # the second thing to do: a real pretrained model, word problems of one operation, less than ten
     # minutes on two idle CPU cores. At temperature 1 so small a model rambles
     "words": dict(

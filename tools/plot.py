@@ -1,10 +1,10 @@
 """Every figure, from the files that runs write: nothing is measured here, so that
 a figure can be redrawn and changed years later.
 
-    python plot.py out/run                  metrics.jsonl of train.py:
-                                            training.png, training.svg
-    python plot.py out/decompose-qwen3-4b   entropy.jsonl and its companions of
-                                            decompose.py: entropy_flow, rms, ...
+    python -m tools.plot out/run                  metrics.jsonl of train.py:
+                                                  training.png, training.svg
+    python -m tools.plot out/decompose-qwen3-4b   entropy.jsonl and its companions of
+                                                  decompose.py: entropy_flow, rms, ...
 
 One colour is one model (or one training step, dark to light), one panel is one
 kind of state. A line is a mean over response tokens (of ranks, the median), a
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rows import parsed, read_rows
+from plumbing.rows import parsed, read_rows
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")

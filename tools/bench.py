@@ -1,17 +1,17 @@
 """Models of any preset's true shape with random weights: everything can be tried, and timed,
 without downloading anything.
 
-    python bench.py init --like qwen3-0.6b --layers 4 --tokenizer FOLDER
+    python -m tools.bench init --like qwen3-0.6b --layers 4 --tokenizer FOLDER
     python train.py --model out/random-qwen3-0.6b-4 --data problems.jsonl ...
 
-    python bench.py decode --batch 64 --context 1024   decoding, beside the memory's own speed
-    python bench.py workload --requests 256            ragged requests through refilled slots
-    python bench.py step                               an update: packed, padded, a matrix product
-    python bench.py logprobs                           without [tokens, V], against full logits
-    python bench.py bupo                               an update at layer l against full depth
-    python bench.py optimizer                          AdamW against AdamW of fewer bytes
-    python bench.py lens                               every internal policy, against hooks
-    python bench.py gpu                                all that a first session on a GPU should run
+    python -m tools.bench decode --batch 64 --context 1024  decoding, beside the memory's own speed
+    python -m tools.bench workload --requests 256    ragged requests through refilled slots
+    python -m tools.bench step                       an update: packed, padded, a matrix product
+    python -m tools.bench logprobs                   without [tokens, V], against full logits
+    python -m tools.bench bupo                       an update at layer l against full depth
+    python -m tools.bench optimizer                  AdamW against AdamW of fewer bytes
+    python -m tools.bench lens                       every internal policy, against hooks
+    python -m tools.bench gpu                        all that a first session on a GPU should run
 
 decode and workload take --versus: transformers' generate on the same weights, prompts and lengths.
 Both sides of every comparison run in turns in one process: only such ratios mean something on a
@@ -29,16 +29,18 @@ from pathlib import Path
 
 import torch
 
-import bench_gpu
 from bupo import backward, forward_flops
-from cli import guarded, natural, pick_device
 from decompose import measure, pick
 from grpo import Response, collate, micro_batches, token_logprobs
-from model import HUB, TOKENIZER_FILES, Config, Transformer, compile_blocks, hf_tensors, save
-from optimizer import SplitAdamW, bytes_per_parameter
+from model import Config, Transformer
+from plumbing.cli import guarded, natural, pick_device
+from plumbing.hub import HUB, TOKENIZER_FILES, hf_config, hf_tensors, save
+from plumbing.kernels import compile_blocks
+from plumbing.optimizer import SplitAdamW, bytes_per_parameter
+from plumbing.shapes import SHAPES, shape
+from plumbing.tokenizer import load as load_tokenizer
 from rollout import Sampler
-from shapes import SHAPES, shape
-from tokenizer import load as load_tokenizer
+from tools import bench_gpu
 
 
 def init(args):
@@ -156,7 +158,7 @@ def transformers_model(model):
         print("transformers is not installed: nothing to compare with")
         return None
     raw, dtype, device = (
-        model.config.to_hf(model.embed.weight.dtype),
+        hf_config(model.config, model.embed.weight.dtype),
         model.embed.weight.dtype,
         model.embed.weight.device,
     )

@@ -67,3 +67,24 @@ def printable(text, keep="\n\t") -> str:
     return UNSEEN.sub(
         lambda c: c[0] if c[0] in keep else c[0].encode("unicode_escape").decode(), str(text)
     )
+
+
+def one_line(parts) -> str:
+    """What is wrong, in one line of bounded length: names come out of files, they may hold
+    anything."""
+    return " ".join("; ".join(parts).split())[:4000]
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; ValueError or FileNotFoundError with the path in one line."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not a file")  # a pipe would keep us waiting for ever
+    try:
+        out = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except (ValueError, RecursionError, OSError) as e:
+        raise ValueError(f"{path}: cannot be read as JSON ({str(e)[:80]})") from None
+    if not isinstance(out, dict):
+        raise ValueError(f"{path}: a JSON object is expected")
+    return out

@@ -1,10 +1,6 @@
 """Problems with known answers: from a file, a folder, a named set on the Hugging Face hub, or made
 here.
 
-    python data.py math500                     what is in it; does the verifier accept its answers?
-    python data.py aime24 --against my.jsonl   are the evaluation's questions in my training set?
-    python data.py words:2:20                  made here, without a network: see arithmetic.py
-
     problems = data.load_problems("deepmath", difficulty=(5, 8), max_bad=0.01)
     problems, dropped = data.without_shared(problems, tests)
     data.batch(problems, step=7, batch_size=128, seed=0)   what step 7 sees, whatever came before
@@ -24,7 +20,6 @@ import logging
 import math
 import os
 import re
-import sys
 import unicodedata
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -33,10 +28,9 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-import arithmetic
-import hub
 import verify
-from rows import printable
+from plumbing import arithmetic, download
+from plumbing.rows import printable
 
 log = logging.getLogger("nanobupo.data")
 
@@ -179,16 +173,16 @@ def _short(text):
 # ---------------------------------------------------------------------------- where the files are
 
 
-def download(repo, file, revision, sha256=None):
+def hub_file(repo, file, revision, sha256=None):
     """Path of one file of a hub data set, from the cache if it is there; compared with its hash
     either way.
 
     Raises DataError saying what failed and what to do.
     """
     try:
-        path = hub.fetch("dataset", repo, revision, file)
-        hub.check(path, sha256)
-    except hub.HubError as e:
+        path = download.fetch("dataset", repo, revision, file)
+        download.check(path, sha256)
+    except download.HubError as e:
         raise DataError(str(e)) from None
     return path
 
@@ -207,7 +201,7 @@ def _files(name, revision):
         files = named.files if revision in (None, named.revision) else dict.fromkeys(named.files)
         commit = revision or named.revision
         return (
-            (Path(download(named.repo, file, commit, sha256)), name, named.draw)
+            (Path(hub_file(named.repo, file, commit, sha256)), name, named.draw)
             for file, sha256 in files.items()
         )
     names = [*NAMED, "sums", "sums-test", "words", "words-test"]
@@ -259,8 +253,8 @@ def _rows(name, revision, report):
             yield f"{name} row {n}", {"question": question, "answer": answer}, str(name)
         return
     for number, (path, source, draw) in enumerate(_files(name, revision)):
-        if hub.origin(path):
-            report.remedy = f"; should the file be damaged, {hub.again(path)}"
+        if download.origin(path):
+            report.remedy = f"; should the file be damaged, {download.again(path)}"
         rows = READERS[path.suffix.lower()](path)
         if draw:
             rows = list(rows)
@@ -294,7 +288,7 @@ def _json_rows(path):
     value = _json_value(raw) if raw.strip() else []
     if isinstance(value, _BadRow):
         if not re.match(rb"\s*\{.*\}\s*\n\s*\{", raw):  # many a .json file has one object a line
-            raise DataError(f"{path}: {value}; repair it, or {hub.again(path)}")
+            raise DataError(f"{path}: {value}; repair it, or {download.again(path)}")
         yield from _jsonl_rows(path)
         return
     if isinstance(value, dict):
@@ -331,7 +325,7 @@ def _parquet_rows(path):
                 )
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
         raise DataError(
-            f"{path}: not a readable parquet file ({_short(e)}); {hub.again(path)}"
+            f"{path}: not a readable parquet file ({_short(e)}); {download.again(path)}"
         ) from None
 
 
@@ -553,55 +547,6 @@ def load_problems(name_or_path, limit=None, max_bad=0.0, difficulty=None, revisi
 
 # ----------------------------------------------------------------------------- choosing, ordering
 
-# class of answers: what it looks like once text macros, dollars, spaces and \left \right are gone
-SHAPES = {
-    "yes/no": r"(?i:yes|no|true|false)",
-    "integer": r"[-+]?(\d+|\d{1,3}(,\d{3})+)",
-    "decimal": r"[-+]?\d*\.\d+",
-    "fraction": r"[-+]?(\d+/\d+|\\[dtc]?frac(\{[-+]?\d+\}|\d)(\{\d+\}|\d))",
-    "choice": r"\(?[A-E]\)?",
-    "tuple/interval": r"([\[(]|\\\{).*,.*([\])]|\\\})",
-    "expression": r".*",
-}
-
-
-def answer_class(answer):
-    """One of SHAPES. Report rewards by class: in DeepMath a fifth of the answers is yes or no,
-    where a guess is right half of the time."""
-    s = re.sub(r"\\(?:text|textbf|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}", r"\1", answer)
-    s = re.sub(r"\\left|\\right|\\[!,;: ]|\\?\$|\s|\{(?=,\})|(?<=,)\}", "", s).rstrip(".")
-    return next(
-        name for name, shape in SHAPES.items() if re.fullmatch(shape, s, re.ASCII | re.DOTALL)
-    )
-
-
-def select(problems, classes=None, max_tokens=None, count=None):
-    """The problems that pass every filter, in order. DataError, saying what each one removed, if
-    none is left.
-
-    classes: names of SHAPES. max_tokens: longest prompt as measured by count(question) -> int,
-    such as lambda q: len(tokenizer.chat(q)); a longer one is dropped whole, never cut.
-    """
-    if classes is not None and not set(classes) <= set(SHAPES):
-        raise ValueError(
-            f"unknown class of answers among {', '.join(map(repr, classes))}; "
-            f"there are {', '.join(SHAPES)}"
-        )
-    left, said = list(problems), []
-    filters = (
-        ("classes", classes, lambda p: answer_class(p.answer) in classes),
-        ("max_tokens", max_tokens, lambda p: count(p.question) <= max_tokens),
-    )
-    for name, wanted, keep in filters:
-        if wanted is not None:
-            before, left = len(left), [p for p in left if keep(p)]
-            said.append(f"{name} {wanted} removed {before - len(left)}")
-            log.info("%s of %d problems", said[-1], before)
-    if not left:
-        removed = ", ".join(said) or "there were none"
-        raise DataError(f"none of {len(problems)} problems is left: {removed}")
-    return left
-
 
 # what is no part of a question: LaTeX that only moves things apart, delimiters of maths, braces,
 # punctuation
@@ -669,185 +614,9 @@ def fingerprint(problems):
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def unverifiable(problems):
-    """The problems whose gold answer the verifier rejects when a response says exactly that:
-    nothing can earn their reward."""
-    return [p for p in problems if not verify.verify(f"\\boxed{{{p.answer}}}", p.answer)]
-
-
-def overlap(problems, others, n=20):
-    """Questions shared with `others`: ([(i, j)] equal as `normalised`, {i: share of its runs of n
-    words that others have too}).
-
-    Equal questions are in the first alone, questions below n words can only be there. A few per
-    cent is boilerplate, half a paraphrase.
-    """
-
-    def runs(p):
-        words = p.question.casefold().split()
-        return {hash(" ".join(words[k : k + n])) for k in range(len(words) - n + 1)}
-
-    place = {normalised(p.question): j for j, p in enumerate(others)}
-    found = [place.get(normalised(p.question)) for p in problems]
-    equal = [(i, j) for i, j in enumerate(found) if j is not None]
-    mine = {i: runs(problems[i]) for i, j in enumerate(found) if j is None}
-    wanted = set().union(*mine.values())
-    # of `others`, perhaps 100,000 questions, nothing else is kept
-    seen = {run for p in others for run in runs(p) if run in wanted}
-    return equal, {i: len(r & seen) / len(r) for i, r in mine.items() if r & seen}
-
-
-def _list(title, lines):
-    """Print a title and its lines, each as one."""
-    print(*(printable(line, keep="") for line in (title, *lines)), sep="\n  ")
-
-
-def describe(problems, report, count=None):
-    """Print a set's answers, lengths, first rows, bad rows and the verifier's self-check. Returns
-    how many answers the verifier rejects."""
-    total = len(problems)
-    lines = [
-        f"question from {q!r}, answer from {a!r}: {n} rows" for (q, a), n in report.fields.items()
-    ]
-    for name, n in collections.Counter(answer_class(p.answer) for p in problems).most_common():
-        lines.append(f"answer is {name:15} {n:6}  {n / total:6.1%}")
-    lengths = {
-        "question, characters": [len(p.question) for p in problems],
-        "answer, characters": [len(p.answer) for p in problems],
-    }
-    if count:
-        lengths["prompt, tokens"] = [count(p.question) for p in problems]
-    for name, values in lengths.items():
-        values.sort()
-        median, most = values[total // 2], values[total * 95 // 100]
-        lines.append(f"{name:25} median {median:,}   95 % up to {most:,}   longest {values[-1]:,}")
-    lines.append(
-        f"{total - len({normalised(p.question) for p in problems})} questions are repeated"
-    )
-    lines += [f"{p.id}  {p.question[:100]!r} -> {p.answer[:60]!r}" for p in problems[:3]]
-    sha256 = fingerprint(problems)
-    _list(f"{report.name}: {total} problems of {report.rows} rows, sha256 {sha256}", lines)
-    _list(f"{len(report.bad)} bad rows", [f"{place}: {why}" for place, why in report.bad[:20]])
-    failed = unverifiable(problems)
-    _list(
-        f"the verifier rejects {len(failed)} of {total} answers when a response says exactly that",
-        [f"{p.id}: {p.answer!r}" for p in failed[:20]],
-    )
-    return len(failed)
-
-
-def show_overlap(problems, against):
-    """Print which questions another set has too."""
-    others = load_problems(against, max_bad=1)
-    equal, shared = overlap(problems, others)
-    lines = [f"{problems[i].id} = {others[j].id}" for i, j in equal[:20]]
-    for i, part in sorted(shared.items(), key=lambda x: -x[1])[:20]:
-        lines.append(f"{problems[i].id}: {part:.0%} of its runs")
-    _list(
-        f"{len(equal)} questions are equal to one of {against}, "
-        f"{len(shared)} others share runs of 20 words with it",
-        lines,
-    )
-
-
 def span(text) -> tuple[float, float]:
     """argparse type of --difficulty: 5-8, 5.5-8 or 6, as (lowest, highest)."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(?:-(\d+(?:\.\d+)?))?", text)
     if not found or float(found[1]) > float(found[2] or found[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is not a difficulty such as 5-8 or 6")
     return float(found[1]), float(found[2] or found[1])
-
-
-def parse():
-    parser = argparse.ArgumentParser(
-        description="What is in a set of problems, and is it fit for training or evaluation? "
-        "Exit code 2: usage; 3: bad data.",
-        epilog=f"Named sets: {', '.join(NAMED)}; without a network sums, sums-test, "
-        "words[:operations[:largest number]], words-test. "
-        "Example: python data.py deepmath --difficulty 5-7 --against math500",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    kinds = ", ".join(READERS)
-    add("data", metavar="NAME_OR_PATH", help=f"a named set, a file ({kinds}) or a folder of them")
-    add(
-        "--against",
-        metavar="OTHER",
-        help="also count the questions that this set has in common with it",
-    )
-    add("--limit", type=int, metavar="N", help="read the first N problems (default: all)")
-    add("--revision", help="branch, tag or commit of a named set (default: the one that is pinned)")
-    add(
-        "--max-bad",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="share of bad rows that is no error (default: 0; training allows 0.01)",
-    )
-    add = parser.add_argument_group("filters (default: keep all)").add_argument
-    add(
-        "--difficulty",
-        type=span,
-        metavar="LOW-HIGH",
-        help="keep this difficulty or level, as 5-8 or 6",
-    )
-    add(
-        "--classes",
-        nargs="+",
-        choices=SHAPES,
-        metavar="CLASS",
-        help=f"keep these classes of answers: {', '.join(SHAPES)}",
-    )
-    add("--max-tokens", type=int, metavar="N", help="keep prompts of at most N tokens")
-    add("--tokenizer", metavar="FOLDER", help="model folder that counts them")
-    args = parser.parse_args()
-    if args.max_tokens and not args.tokenizer:
-        parser.error("--max-tokens needs --tokenizer FOLDER, the model folder that counts them")
-    counts = [n for n in (args.limit, args.max_tokens) if n is not None]
-    if not 0 <= args.max_bad <= 1 or any(n < 1 for n in counts):
-        parser.error(
-            "--max-bad is a share from 0 to 1, --limit and --max-tokens are whole numbers from 1 on"
-        )
-    return args
-
-
-def main():
-    args = parse()
-    log.addHandler(
-        logging.StreamHandler()
-    )  # of this file alone: the hub's libraries log every request
-    log.setLevel(logging.INFO)
-    # a file name or an answer must not break a terminal that is not UTF-8
-    sys.stdout.reconfigure(errors="backslashreplace")
-    count = None
-    if args.tokenizer:
-        import tokenizer
-
-        chat = tokenizer.load(args.tokenizer).chat
-        count = lambda question: len(chat(question))  # noqa: E731
-    problems, report = read(args.data, args.limit, args.difficulty, args.revision)
-    failed = 0
-    if problems:
-        problems = select(problems, args.classes, args.max_tokens, count)
-        failed = describe(problems, report, count)
-        if args.against:
-            show_overlap(problems, args.against)
-    report.check(args.max_bad)
-    if failed > 0.01 * len(problems):
-        raise DataError(
-            f"{report.name}: the verifier rejects {failed} of {len(problems)} answers, "
-            "more than 1 in 100"
-        )
-
-
-if __name__ == "__main__":
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        print(f"data.py: {printable(error, keep='')}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, FileNotFoundError) else 3)

@@ -1,19 +1,19 @@
 """What a GPU should reach, by counting: FLOPs of products, bytes of everything else, kernels of a
 decode step.
 
-    python estimate.py                  the sizes that people train, on a card of an H200's rates
-    python estimate.py --bandwidth 3.0 --products 620
+    python -m tools.estimate       sizes that people train, on a card of an H200's rates
+    python -m tools.estimate --bandwidth 3.0 --products 620
 
 No figure of this file was measured. Rates are what large products and copies attain on such a card,
 the counts are those of the code as it runs by default: bfloat16, products in cuBLAS, what stands
-between them compiled. Whatever `bench.py gpu` finds replaces it; until then it says what to be
+between them compiled. Whatever `tools.bench gpu` finds replaces it; until then it says what to be
 surprised by.
 """
 
 import argparse
 
 from model import Config
-from shapes import SHAPES
+from plumbing.shapes import SHAPES
 
 PEAK = 989e12  # bfloat16 FLOP/s on paper of an H100 or H200, what MFU is a share of
 FLASH = 0.55  # rate of FlashAttention-2's products over that of large ones, forward and backward

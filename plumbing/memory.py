@@ -21,11 +21,12 @@ from itertools import product
 from math import ceil
 from types import SimpleNamespace
 
-import parallel
 from model import Config
-from optimizer import BYTES
-from rollout import PREFILL_TOKENS
+from plumbing import parallel
+from plumbing.optimizer import BYTES
 
+# prompt tokens of one prefill: enough to keep a GPU busy, few enough for their activations to fit
+PREFILL_TOKENS = 16384
 # A CUDA context with torch's kernels, and cuBLAS's workspaces, 32 MiB a stream on a Hopper.
 CONTEXT = 0.7e9  # an estimate
 # Share of what comes and goes that the caching allocator holds in pieces of the wrong size. It

@@ -1,4 +1,4 @@
-"""`python bench.py gpu`: what to run first on a GPU, what teaches most first, in ten minutes.
+"""`python -m tools.bench gpu`: what to run first on a GPU, what teaches most first, in ten minutes.
 
 Right or wrong comes before fast or slow: kernels against float32, then whether an update sees the
 weights that the one before it made, and whether a gradient depends on how its batch is cut. After
@@ -25,17 +25,20 @@ from types import SimpleNamespace
 
 import torch
 
-import bench
 import tiny
 import train
 from bupo import backward, forward_flops, stored_logprobs
-from cli import natural
 from grpo import Response
-from model import Config, Transformer, compile_blocks, flash, has_flash, one_line, save
-from optimizer import SplitAdamW
+from model import Config, Transformer
+from plumbing.cli import natural
+from plumbing.hub import save
+from plumbing.kernels import compile_blocks, flash, has_flash
+from plumbing.optimizer import SplitAdamW
+from plumbing.rows import one_line
 from rollout import Sampler
+from tools import bench
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 BF16, F32 = torch.bfloat16, torch.float32
 TINY = Config("qwen3", 300, 64, 2, 4, 2, 16, 96, tied=True)
 N_VOCAB = 151669  # ids that Qwen3's tokenizer uses, of the 151,936 rows of its embedding
@@ -516,7 +519,7 @@ def write(row, out):
 def apart(name, seconds, out):
     """A part in a process of its own; its row is written by it, or here if it could not."""
     limit = min(PARTS[name][1], seconds)
-    argv = [sys.executable, str(ROOT / "bench.py"), "gpu", "--parts", name]
+    argv = [sys.executable, "-m", "tools.bench", "gpu", "--parts", name]
     argv += ["--seconds", str(int(limit - START)), "--out", str(out)]
     try:
         code = subprocess.run(argv, timeout=limit).returncode

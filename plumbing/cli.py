@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-import parallel
-from model import one_line
-from rows import printable
+from plumbing import parallel
+from plumbing.rows import one_line, printable
 
 OUT_OF_MEMORY = (
     "out of memory: lower --slots or shorten --max-new-tokens; in training also lower "

@@ -1,0 +1,1 @@
+"""What a reader may skip: files, formats, kernels, memory, manners. One concept a file."""

@@ -1,0 +1,1 @@
+"""Commands that draw, time and look: `python -m tools.bench`, `tools.plot`, `tools.problems`."""

@@ -1,0 +1,246 @@
+"""What is in a set of problems, and is it fit for training or evaluation?
+
+python -m tools.problems math500                    does the verifier accept its answers?
+python -m tools.problems aime24 --against my.jsonl  are its questions in my training set?
+python -m tools.problems words:2:20                 made here: see plumbing/arithmetic.py
+"""
+
+import argparse
+import collections
+import logging
+import os
+import re
+import sys
+
+import verify
+from plumbing.data import (
+    NAMED,
+    READERS,
+    DataError,
+    fingerprint,
+    load_problems,
+    log,
+    normalised,
+    read,
+    span,
+)
+from plumbing.rows import printable
+
+# class of answers: what it looks like once text macros, dollars, spaces and \left \right are gone
+SHAPES = {
+    "yes/no": r"(?i:yes|no|true|false)",
+    "integer": r"[-+]?(\d+|\d{1,3}(,\d{3})+)",
+    "decimal": r"[-+]?\d*\.\d+",
+    "fraction": r"[-+]?(\d+/\d+|\\[dtc]?frac(\{[-+]?\d+\}|\d)(\{\d+\}|\d))",
+    "choice": r"\(?[A-E]\)?",
+    "tuple/interval": r"([\[(]|\\\{).*,.*([\])]|\\\})",
+    "expression": r".*",
+}
+
+
+def answer_class(answer):
+    """One of SHAPES. Report rewards by class: in DeepMath a fifth of the answers is yes or no,
+    where a guess is right half of the time."""
+    s = re.sub(r"\\(?:text|textbf|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}", r"\1", answer)
+    s = re.sub(r"\\left|\\right|\\[!,;: ]|\\?\$|\s|\{(?=,\})|(?<=,)\}", "", s).rstrip(".")
+    return next(
+        name for name, shape in SHAPES.items() if re.fullmatch(shape, s, re.ASCII | re.DOTALL)
+    )
+
+
+def select(problems, classes=None, max_tokens=None, count=None):
+    """The problems that pass every filter, in order. DataError, saying what each one removed, if
+    none is left.
+
+    classes: names of SHAPES. max_tokens: longest prompt as measured by count(question) -> int,
+    such as lambda q: len(tokenizer.chat(q)); a longer one is dropped whole, never cut.
+    """
+    if classes is not None and not set(classes) <= set(SHAPES):
+        raise ValueError(
+            f"unknown class of answers among {', '.join(map(repr, classes))}; "
+            f"there are {', '.join(SHAPES)}"
+        )
+    left, said = list(problems), []
+    filters = (
+        ("classes", classes, lambda p: answer_class(p.answer) in classes),
+        ("max_tokens", max_tokens, lambda p: count(p.question) <= max_tokens),
+    )
+    for name, wanted, keep in filters:
+        if wanted is not None:
+            before, left = len(left), [p for p in left if keep(p)]
+            said.append(f"{name} {wanted} removed {before - len(left)}")
+            log.info("%s of %d problems", said[-1], before)
+    if not left:
+        removed = ", ".join(said) or "there were none"
+        raise DataError(f"none of {len(problems)} problems is left: {removed}")
+    return left
+
+
+def overlap(problems, others, n=20):
+    """Questions shared with `others`: ([(i, j)] equal as `normalised`, {i: share of its runs of n
+    words that others have too}).
+
+    Equal questions are in the first alone, questions below n words can only be there. A few per
+    cent is boilerplate, half a paraphrase.
+    """
+
+    def runs(p):
+        words = p.question.casefold().split()
+        return {hash(" ".join(words[k : k + n])) for k in range(len(words) - n + 1)}
+
+    place = {normalised(p.question): j for j, p in enumerate(others)}
+    found = [place.get(normalised(p.question)) for p in problems]
+    equal = [(i, j) for i, j in enumerate(found) if j is not None]
+    mine = {i: runs(problems[i]) for i, j in enumerate(found) if j is None}
+    wanted = set().union(*mine.values())
+    # of `others`, perhaps 100,000 questions, nothing else is kept
+    seen = {run for p in others for run in runs(p) if run in wanted}
+    return equal, {i: len(r & seen) / len(r) for i, r in mine.items() if r & seen}
+
+
+def _list(title, lines):
+    """Print a title and its lines, each as one."""
+    print(*(printable(line, keep="") for line in (title, *lines)), sep="\n  ")
+
+
+def describe(problems, report, count=None):
+    """Print a set's answers, lengths, first rows, bad rows and the verifier's self-check. Returns
+    how many answers the verifier rejects."""
+    total = len(problems)
+    lines = [
+        f"question from {q!r}, answer from {a!r}: {n} rows" for (q, a), n in report.fields.items()
+    ]
+    for name, n in collections.Counter(answer_class(p.answer) for p in problems).most_common():
+        lines.append(f"answer is {name:15} {n:6}  {n / total:6.1%}")
+    lengths = {
+        "question, characters": [len(p.question) for p in problems],
+        "answer, characters": [len(p.answer) for p in problems],
+    }
+    if count:
+        lengths["prompt, tokens"] = [count(p.question) for p in problems]
+    for name, values in lengths.items():
+        values.sort()
+        median, most = values[total // 2], values[total * 95 // 100]
+        lines.append(f"{name:25} median {median:,}   95 % up to {most:,}   longest {values[-1]:,}")
+    lines.append(
+        f"{total - len({normalised(p.question) for p in problems})} questions are repeated"
+    )
+    lines += [f"{p.id}  {p.question[:100]!r} -> {p.answer[:60]!r}" for p in problems[:3]]
+    sha256 = fingerprint(problems)
+    _list(f"{report.name}: {total} problems of {report.rows} rows, sha256 {sha256}", lines)
+    _list(f"{len(report.bad)} bad rows", [f"{place}: {why}" for place, why in report.bad[:20]])
+    failed = [p for p in problems if not verify.verifiable(p.answer)]
+    _list(
+        f"the verifier rejects {len(failed)} of {total} answers when a response says exactly that",
+        [f"{p.id}: {p.answer!r}" for p in failed[:20]],
+    )
+    return len(failed)
+
+
+def show_overlap(problems, against):
+    """Print which questions another set has too."""
+    others = load_problems(against, max_bad=1)
+    equal, shared = overlap(problems, others)
+    lines = [f"{problems[i].id} = {others[j].id}" for i, j in equal[:20]]
+    for i, part in sorted(shared.items(), key=lambda x: -x[1])[:20]:
+        lines.append(f"{problems[i].id}: {part:.0%} of its runs")
+    _list(
+        f"{len(equal)} questions are equal to one of {against}, "
+        f"{len(shared)} others share runs of 20 words with it",
+        lines,
+    )
+
+
+def parse():
+    parser = argparse.ArgumentParser(
+        description="What is in a set of problems, and is it fit for training or evaluation? "
+        "Exit code 2: usage; 3: bad data.",
+        epilog=f"Named sets: {', '.join(NAMED)}; without a network sums, sums-test, "
+        "words[:operations[:largest number]], words-test. "
+        "Example: python -m tools.problems deepmath --difficulty 5-7 --against math500",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    kinds = ", ".join(READERS)
+    add("data", metavar="NAME_OR_PATH", help=f"a named set, a file ({kinds}) or a folder of them")
+    add(
+        "--against",
+        metavar="OTHER",
+        help="also count the questions that this set has in common with it",
+    )
+    add("--limit", type=int, metavar="N", help="read the first N problems (default: all)")
+    add("--revision", help="branch, tag or commit of a named set (default: the one that is pinned)")
+    add(
+        "--max-bad",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of bad rows that is no error (default: 0; training allows 0.01)",
+    )
+    add = parser.add_argument_group("filters (default: keep all)").add_argument
+    add(
+        "--difficulty",
+        type=span,
+        metavar="LOW-HIGH",
+        help="keep this difficulty or level, as 5-8 or 6",
+    )
+    add(
+        "--classes",
+        nargs="+",
+        choices=SHAPES,
+        metavar="CLASS",
+        help=f"keep these classes of answers: {', '.join(SHAPES)}",
+    )
+    add("--max-tokens", type=int, metavar="N", help="keep prompts of at most N tokens")
+    add("--tokenizer", metavar="FOLDER", help="model folder that counts them")
+    args = parser.parse_args()
+    if args.max_tokens and not args.tokenizer:
+        parser.error("--max-tokens needs --tokenizer FOLDER, the model folder that counts them")
+    counts = [n for n in (args.limit, args.max_tokens) if n is not None]
+    if not 0 <= args.max_bad <= 1 or any(n < 1 for n in counts):
+        parser.error(
+            "--max-bad is a share from 0 to 1, --limit and --max-tokens are whole numbers from 1 on"
+        )
+    return args
+
+
+def main():
+    args = parse()
+    log.addHandler(
+        logging.StreamHandler()
+    )  # of this file alone: the hub's libraries log every request
+    log.setLevel(logging.INFO)
+    # a file name or an answer must not break a terminal that is not UTF-8
+    sys.stdout.reconfigure(errors="backslashreplace")
+    count = None
+    if args.tokenizer:
+        from plumbing import tokenizer
+
+        chat = tokenizer.load(args.tokenizer).chat
+        count = lambda question: len(chat(question))  # noqa: E731
+    problems, report = read(args.data, args.limit, args.difficulty, args.revision)
+    failed = 0
+    if problems:
+        problems = select(problems, args.classes, args.max_tokens, count)
+        failed = describe(problems, report, count)
+        if args.against:
+            show_overlap(problems, args.against)
+    report.check(args.max_bad)
+    if failed > 0.01 * len(problems):
+        raise DataError(
+            f"{report.name}: the verifier rejects {failed} of {len(problems)} answers, "
+            "more than 1 in 100"
+        )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print(f"tools.problems: {printable(error, keep='')}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, FileNotFoundError) else 3)
