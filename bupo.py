@@ -182,7 +182,7 @@ def backward(
         )
     )
     total = dict.fromkeys(("loss", "entropy", "clip_low", "clip_high", "kl"), 0.0)
-    for micro, batch in cut(model, parallel.deal(responses), max_tokens, pack):
+    for micro, batch in cut(model, parallel.local_responses(responses), max_tokens, pack):
         logprobs, entropy = policy_logprobs(model, batch, layer, **policy)
         if not micro:
             (0 * logprobs.sum()).backward()
@@ -212,4 +212,4 @@ def backward(
         value.backward()
         for key, x in zip(total, (value, entropy, low, high, k3), strict=True):
             total[key] += x.detach().sum().item()
-    return {"tokens": sum(len(r.ids) for r in responses), **parallel.total(total)}
+    return {"tokens": sum(len(r.ids) for r in responses), **parallel.all_reduce(total)}

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from model import causal, project
 from plumbing.cli import guarded, natural, pick_device, whole
 from plumbing.data import DataError, load_problems
-from plumbing.hub import load, resolve
+from plumbing.hub import load_model, resolve
 from plumbing.rows import read_json
 from tools import plot
 
@@ -1098,12 +1098,12 @@ def analyse(args):
     models, out = check(args)
     device = torch.device(pick_device(args.device))
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    model = load(next(iter(models.values()))[1], dtype, device)
+    model = load_model(next(iter(models.values()))[1], dtype, device)
     from plumbing import tokenizer as tokenizers
 
     tokenizer = None
     try:
-        tokenizer = tokenizers.load(model.folder)
+        tokenizer = tokenizers.load_tokenizer(model.folder)
     except (ValueError, OSError) as e:
         if not args.samples_file:
             raise
@@ -1119,7 +1119,7 @@ def analyse(args):
     for name, (step, folder) in models.items():
         if tables:
             del model  # before the next one takes its place
-            model = load(folder, dtype, device)
+            model = load_model(folder, dtype, device)
         tables[name] = measure_shown(model, sequences, args, name, tokenizer)
         attributions += attributed(model, sequences[: args.attribute], args, name, step)
         about = label(args.model) if step is not None else None

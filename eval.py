@@ -36,8 +36,8 @@ from plumbing import checkpoint, download, parallel
 from plumbing import tokenizer as tokenizers
 from plumbing.cli import guarded, natural, pick_device
 from plumbing.data import DataError, Problem, fingerprint, load_problems
-from plumbing.hub import load, read_config, resolve
-from plumbing.rows import parsed, printable, read_json
+from plumbing.hub import load_model, read_config, resolve
+from plumbing.rows import parse_json, printable, read_json
 from plumbing.tokenizer import SYSTEM
 from rollout import Sample, Sampler
 from tools.plot import number
@@ -158,7 +158,7 @@ def answer(
 ):
     """Sample n responses to each (problem, prompt ids) of this rank's share and grade them: a list
     of n Answered for each, in order. first: the index that names the first prompt's noise."""
-    mine, out = parallel.share(len(prompts)), []
+    mine, out = parallel.local_slice(len(prompts)), []
     groups = sampler.generate(
         [ids for _, ids in prompts[mine]],
         n,
@@ -436,7 +436,7 @@ def sampled(part, prompts, n) -> list[list[dict]]:
     groups, group, size, whole = [], [], 0, 0
     with open(part, "r+b") as f:
         for line in f:
-            row = parsed(line)
+            row = parse_json(line)
             if len(groups) == len(prompts) or not isinstance(row, dict) or line[-1:] != b"\n":
                 break
             problem, ids = prompts[len(groups)]
@@ -478,7 +478,7 @@ def join(out, part, name):
 
 def set_of(line):
     """The set that a line of samples.jsonl belongs to; None for a line that is no row."""
-    row = parsed(line)
+    row = parse_json(line)
     return row.get("set") if isinstance(row, dict) else None
 
 
@@ -505,7 +505,7 @@ def say(text):
 def evaluate(sampler, tokenizer, name, prompts, args, part):
     """The rows of K responses to each prompt of a set, K in a group, kept in `part` as they come;
     those that are there already are not sampled again."""
-    groups = parallel.on_first(sampled, part, prompts, args.samples)
+    groups = parallel.on_rank_0(sampled, part, prompts, args.samples)
     at_once = max(1, ROUNDS * sampler.slots * parallel.world() // args.samples)
     while len(groups) < len(prompts):
         first = len(groups)
@@ -522,10 +522,10 @@ def evaluate(sampler, tokenizer, name, prompts, args, part):
             first=first,
         )
         new = []
-        for group in parallel.collect(answered):
+        for group in parallel.all_gather(answered):
             about = [dict(set=name, id=a.problem.id, sample=k) for k, a in enumerate(group)]
             new.append([a.row(**extra) for a, extra in zip(group, about, strict=True)])
-        parallel.on_first(keep, part, new)
+        parallel.on_rank_0(keep, part, new)
         if not first:
             prompt = tokenizer.decode(new[0][0]["prompt_ids"])
             say(f"first prompt:\n{prompt}\nfirst response:\n{new[0][0]['response']}\n")
@@ -548,37 +548,37 @@ def main(argv=None):
     dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
     sets = {name: load_problems(name, limit=args.limit) for name in args.data}
     folder = resolve(args.model, args.revision)
-    tokenizer = tokenizers.load(folder, args.format)
+    tokenizer = tokenizers.load_tokenizer(folder, args.format)
     limits = args.max_prompt_tokens, args.system, args.thinking
     prompts = {name: encode_prompts(tokenizer, p, *limits) for name, p in sets.items()}
     max_len = tokens_a_row(prompts, args, read_config(read_json(folder / "config.json")))
     about = {"device": device, "torch": torch.__version__, "limit": args.limit}
     about["model_commit"] = download.commit(folder)
-    found = {"model_sha256": parallel.on_first(identity, folder), "dtype": str(dtype)}
+    found = {"model_sha256": parallel.on_rank_0(identity, folder), "dtype": str(dtype)}
     found |= {"format": tokenizer.format}
     now = {"model": args.model} | {name: (vars(args) | found)[name] for name in SETTINGS}
     out = Path(args.out or f"out/eval-{folder_name(args.model)}")
     data = {name: fingerprint(problems) for name, problems in sets.items()}
     parts = {name: out / f".samples-{digest([now, data[name]])}.jsonl" for name in sets}
     with nullcontext() if parallel.rank() else checkpoint.lock(out):
-        results = parallel.on_first(earlier, out, now, data, args.fresh)
+        results = parallel.on_rank_0(earlier, out, now, data, args.fresh)
         todo = [name for name in sets if args.fresh or name not in results["sets"]]
         for name in [name for name in sets if name not in todo]:
             say(f"{line_of(name, results['sets'][name])}: {out} has it")
         if todo:
-            model = load(folder, dtype, device)
+            model = load_model(folder, dtype, device)
             compiled = on_gpu if args.compile is None else args.compile
             sampler = Sampler(model, args.slots, max_len, compile=compiled)
             sampler.start()
         stale = [parts[name] for name in sets if args.fresh or name not in todo]
-        parallel.on_first(begin, out, stale, results)
+        parallel.on_rank_0(begin, out, stale, results)
         for name in todo:
             start, (pairs, dropped) = time.time(), prompts[name]
             groups = evaluate(sampler, tokenizer, name, pairs, args, parts[name])
             score = {**scores(groups), "dropped_prompts": dropped, "data_sha256": data[name]}
             score |= {**about, "seconds": time.time() - start}
             results["sets"][name] = score
-            parallel.on_first(finish, out, parts[name], name, results)
+            parallel.on_rank_0(finish, out, parts[name], name, results)
             say(line_of(name, score))
     say(f"written: {out}/results.json and samples.jsonl")
 

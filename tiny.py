@@ -26,8 +26,8 @@ from grpo import Response, collate, micro_batches
 from model import Config, Transformer
 from plumbing import arithmetic
 from plumbing.data import Problem
-from plumbing.hub import save
-from plumbing.tokenizer import load as load_tokenizer
+from plumbing.hub import save_model
+from plumbing.tokenizer import load_tokenizer
 
 CONFIG = Config(
     "qwen3",
@@ -170,6 +170,6 @@ def warm_up(folder: Path, seed: int, steps=600, batch=64, lr=3e-3) -> Path:
         optimizer.step()
         optimizer.zero_grad()
         bar.set_postfix_str(f"loss {loss:.3f}")
-    save(model, folder, tokenizer_from=folder)
+    save_model(model, folder, tokenizer_from=folder)
     done.write_text(json.dumps(settings) + "\n")  # last: a warm-up cut short is done again
     return folder

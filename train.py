@@ -54,7 +54,7 @@ from plumbing.data import (
     span,
     without_shared,
 )
-from plumbing.hub import HUB, load, read_config, repository, resolve
+from plumbing.hub import HUB, load_model, read_config, repository, resolve
 from plumbing.kernels import compile_blocks, compile_errors, plain_blocks
 from plumbing.memory import (
     CONTEXT,
@@ -71,7 +71,7 @@ from plumbing.memory import (
 from plumbing.optimizer import BYTES, SplitAdamW
 from plumbing.recipes import RECIPES
 from plumbing.rows import each_row, one_line, read_json
-from plumbing.shapes import shape
+from plumbing.shapes import preset_config
 from plumbing.signals import Signals, Stopped
 from plumbing.tokenizer import SYSTEM, Tokenizer
 from rollout import Sampler, fold
@@ -551,7 +551,7 @@ class Run:
                 )
             if self.signals.agree():
                 raise Stopped
-            out = parallel.collect(mine)
+            out = parallel.all_gather(mine)
         self.seconds["rollout"] = self.seconds.get("rollout", 0) + self.sampler.stats["seconds"]
         self.seconds["grade"] -= self.sampler.stats["seconds"]
         return out
@@ -605,7 +605,7 @@ def check_folder(args, now, keys):
             f"known; put "
             "it back, name another --out, or add --override"
         )
-    if changed := checkpoint.compare(saved, now, keys):
+    if changed := checkpoint.changed_settings(saved, now, keys):
         raise ValueError(
             f"{out} holds a run with other settings ({'; '.join(changed)}): set them back, name "
             f"another --out, "
@@ -624,10 +624,10 @@ def find_model(args):
     if args.model == "tiny":
         return tiny.CONFIG, None
     if args.dry_run and not Path(args.model).is_dir() and args.model.lower() in HUB:
-        return shape(args.model), None
+        return preset_config(args.model), None
     # a run goes on with the model it began with, although the hub's may have moved
     commit = args.revision or earlier_settings(args).get("model_commit") or None
-    folder = parallel.on_first(resolve, args.model, commit)
+    folder = parallel.on_rank_0(resolve, args.model, commit)
     return read_config(read_json(folder / "config.json")), folder
 
 
@@ -669,7 +669,9 @@ def settle_memory(args, config, device, memory, host):
 
     memory, host  bytes of a GPU that are free, and of the machine around it; of no meaning on a CPU
     """
-    chosen = parallel.on_first(choose, config, args, memory, host, is_gpu(device), parallel.world())
+    chosen = parallel.on_rank_0(
+        choose, config, args, memory, host, is_gpu(device), parallel.world()
+    )
     for name, value, _ in chosen:
         setattr(args, name, value)
     return chosen
@@ -750,8 +752,8 @@ def open_run(args) -> Run:
     memory = free_memory(device)
     settle(args, config, device)
     chosen = settle_memory(args, config, device, memory, host_bytes())
-    model = load(
-        folder or parallel.on_first(tiny.warm_up, args.out / "warm-up", args.seed),
+    model = load_model(
+        folder or parallel.on_rank_0(tiny.warm_up, args.out / "warm-up", args.seed),
         master_dtype(args),
         device,
     )
@@ -761,7 +763,7 @@ def open_run(args) -> Run:
     model.recompute = args.recompute
     if args.compile:
         compile_blocks(model)
-    tokenizer = tokenizers.load(model.folder, args.format)
+    tokenizer = tokenizers.load_tokenizer(model.folder, args.format)
     prompts, dropped = encode_prompts(
         tokenizer, problems, args.max_prompt_tokens, args.system, args.thinking
     )
@@ -810,9 +812,9 @@ def dry_run(args):
     if args.model == "tiny":
         with tempfile.TemporaryDirectory() as scratch:
             tiny.write_tokenizer(Path(scratch))
-            tokenizer = tokenizers.load(scratch, args.format)
+            tokenizer = tokenizers.load_tokenizer(scratch, args.format)
     elif folder:
-        tokenizer = tokenizers.load(folder, args.format)
+        tokenizer = tokenizers.load_tokenizer(folder, args.format)
     else:
         print(f"{len(problems):,} problems; first prompt: not shown, the tokenizer is not here")
         return
@@ -869,7 +871,7 @@ def choose_schedule(run) -> Schedule:
     args = run.args
     groups = run.respond(run.prompts[:8], 1, 0)
     sequences = [(a.prompt + a.sample.ids, len(a.prompt)) for group in groups for a in group]
-    layer, evidence = parallel.on_first(decompose.auto_layer, run.sampler.model, sequences)
+    layer, evidence = parallel.on_rank_0(decompose.auto_layer, run.sampler.model, sequences)
     print(f"--bupo-layer auto: layer {layer} ({evidence})")
     args.bupo_layer = str(layer)
     return Schedule.parse(args.bupo_layer, args.bupo_steps, run.model.config.n_layers)
@@ -888,7 +890,7 @@ def resume(run, model, optimizer) -> dict:
     """Load the newest valid checkpoint of the run folder and rewind its logs; returns its state:
     the step it stands after and the tokens sampled until then, 0 and 0 for a new run."""
     args, out = run.args, run.args.out
-    checkpoint.clean(out)
+    checkpoint.remove_leftovers(out)
     now = {
         **settings(args),
         "data_sha256": run.data_sha256,
@@ -902,11 +904,11 @@ def resume(run, model, optimizer) -> dict:
     state, last = {"step": 0, "num_tokens": 0}, 0
     if newest := checkpoint.latest(out):
         # `latest` has just verified it
-        state |= checkpoint.load(newest, model, optimizer, verify=False)
+        state |= checkpoint.restore(newest, model, optimizer, verify=False)
         last = state["step"]
         print(f"resuming {out} after step {last}", flush=True)
         checkpoint.prune(out, last, args.keep)
-    elif not (out / "config.json").exists() or checkpoint.compare(
+    elif not (out / "config.json").exists() or checkpoint.changed_settings(
         read_json(out / "config.json"), now, MATHS
     ):
         last = -1  # the row of step 0 that may be there is of another model
@@ -982,7 +984,7 @@ def clip_gradients(model, limit) -> torch.Tensor:
     in float32 whatever their dtype."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.stack(
-        [parallel.whole(torch.linalg.vector_norm(g, dtype=torch.float32)) for g in grads]
+        [parallel.full_tensor(torch.linalg.vector_norm(g, dtype=torch.float32)) for g in grads]
     ).norm()
     for g in grads:
         g.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
@@ -1025,7 +1027,7 @@ def leave_out(run, mini, layer):
     """What happens in place of an update whose gradient is NaN or infinite: its batch is written
     out. FloatingPointError at the third in a row."""
     grads = (
-        (name, parallel.whole(p.grad))
+        (name, parallel.full_tensor(p.grad))
         for name, p in run.model.named_parameters()
         if p.grad is not None
     )
@@ -1078,7 +1080,7 @@ def update(run, optimizer, groups, layer):
     ]
     minis = [mini for mini in minis if any(r.advantage != 0 for r in mini)]
     # `backward` deals them to the same ranks
-    mine = [r for mini in minis for r in parallel.deal(mini)]
+    mine = [r for mini in minis for r in parallel.local_responses(mini)]
     sums, norms, flops = {}, [], 0
     for name, model in (
         ("old_logprobs", run.model if len(minis) > 1 else None),
@@ -1108,14 +1110,14 @@ def update(run, optimizer, groups, layer):
         for k, v in seen.items():
             sums[k] = sums.get(k, 0) + v
     with run.clock("optimizer"):
-        parallel.refresh(run.model, run.sampler.model)
+        parallel.update_sampler(run.model, run.sampler.model)
     return sums, norms, flops
 
 
 def some_weights(model, most=1 << 20):
     """Up to about `most` of the weights, evenly spaced, of this rank's shards, as bfloat16: what
     one of that precision would look like."""
-    parts = [parallel.mine(p.detach()).flatten() for p in model.parameters()]
+    parts = [parallel.local_tensor(p.detach()).flatten() for p in model.parameters()]
     stride = max(1, sum(map(len, parts)) // most)
     return torch.cat([p[::stride].bfloat16() for p in parts])
 
@@ -1264,7 +1266,7 @@ def step_once(run, optimizer, step):
         seen = compare_with_sampler(run, [r for group in groups for r in group])
     sums, norms, flops = update(run, optimizer, groups, layer)
     after = some_weights(run.model)
-    moved = parallel.total({"moved": (before != after).sum().item(), "all": len(before)})
+    moved = parallel.all_reduce({"moved": (before != after).sum().item(), "all": len(before)})
     samples = [
         {**a.row(step=step), "reward": r}
         for group, row in zip(answered, rewards.tolist(), strict=True)
@@ -1379,7 +1381,7 @@ def draw(out):
 def finish(run, rows):
     """Figure and last line of a run that is over and saved."""
     out = run.args.out
-    parallel.on_first(draw, out)
+    parallel.on_rank_0(draw, out)
     print(f"written: {out}/ (metrics.jsonl, samples.jsonl, training.png, checkpoints)")
     try:
         line = result(rows, run.schedule)
@@ -1411,7 +1413,7 @@ def train(run, optimizer, start, setup_seconds):
         os.devnull if parallel.rank() else out / name for name in ("metrics.jsonl", "samples.jsonl")
     ]
     # what is no row there `resume` has moved away
-    rows = parallel.on_first(lambda: [row for row in each_row(files[0]) if row is not None])
+    rows = parallel.on_rank_0(lambda: [row for row in each_row(files[0]) if row is not None])
     with checkpoint.Log(files[0]) as metrics, checkpoint.Log(files[1]) as samples:
 
         def log(row):
@@ -1423,7 +1425,7 @@ def train(run, optimizer, start, setup_seconds):
                 parallel.gather(run.model, optimizer),
                 {"step": step, "num_tokens": tokens},
             )
-            parallel.on_first(
+            parallel.on_rank_0(
                 checkpoint.save,
                 out,
                 step,
@@ -1464,7 +1466,7 @@ def train(run, optimizer, start, setup_seconds):
                     )
                 samples.write(answered[: args.log_samples])
                 if args.watch_layers and (step % args.watch_layers == 0 or step == 1):
-                    row |= parallel.on_first(watch, run, out)
+                    row |= parallel.on_rank_0(watch, run, out)
                 log(row)
                 show(row, bar, args.steps)
                 # not in the middle of a failure
@@ -1498,17 +1500,17 @@ def main(argv=None):
     with nullcontext() if parallel.rank() else checkpoint.lock(args.out):
         run = open_run(args)
         if args.kl:  # to the starting weights, of a resumed run too
-            reference = load(
+            reference = load_model(
                 run.model.folder, master_dtype(args), pick_device(args.device)
             ).requires_grad_(False)
             run.reference = parallel.shard(reference, args.replicas, getattr(torch, args.dtype))
         optimizer = make_optimizer(run.model, args)
         gathered = parallel.gather(run.model, optimizer)
-        state = parallel.on_first(resume, run, *gathered)
+        state = parallel.on_rank_0(resume, run, *gathered)
         start, run.num_tokens = state["step"], state["num_tokens"]
         if start:
             parallel.scatter(*gathered, run.model, optimizer)
-        parallel.refresh(run.model, run.sampler.model)
+        parallel.update_sampler(run.model, run.sampler.model)
         del gathered
         if run.model.unembedding.is_cuda:
             rehearse(run, optimizer)

@@ -42,8 +42,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from plumbing.hub import CheckpointError, hf_tensors
-from plumbing.hub import save as save_model
+from plumbing.hub import CheckpointError, hf_tensors, save_model
 from plumbing.rows import one_line, read_json
 
 FORMAT = "nanobupo checkpoint 1"
@@ -151,7 +150,7 @@ def _manifest(folder) -> dict:
     return files
 
 
-def problem(folder, hashes=True) -> str:
+def damage(folder, hashes=True) -> str:
     """What is wrong with a checkpoint folder, in one line; "" if nothing is. hashes=False looks at
     names and sizes only, and is instant."""
     folder, wrong = Path(folder), []
@@ -197,7 +196,7 @@ def latest(run, verify=True) -> Path | None:
     """
     bad = []
     for _, folder in _steps(run):
-        why = problem(folder, verify)
+        why = damage(folder, verify)
         if not why:
             return folder
         log(f"skipped: {why}")
@@ -278,7 +277,7 @@ def _commit(tmp, final):
     every instant one of them is found."""
     old = final.with_name(final.name + ".old")
     if final.exists():
-        if why := problem(final):
+        if why := damage(final):
             aside = final.with_name(f"{final.name}.bad-{time.time_ns()}")
             log(f"{why}; kept as {aside.name}, delete it when you like")
             final.rename(aside)
@@ -359,7 +358,7 @@ def save(run, step: int, model, optimizer, state: dict, tokenizer_from=None, kee
             f"bytes, "
             f"{free} were free; earlier checkpoints are untouched"
         ) from None
-    if why := problem(final, hashes=False):
+    if why := damage(final, hashes=False):
         raise CheckpointError(f"{why}; written this moment: is another process at work here?")
     prune(run, step, keep)
     return final
@@ -368,7 +367,7 @@ def save(run, step: int, model, optimizer, state: dict, tokenizer_from=None, kee
 def prune(run, step, keep):
     """Delete whole checkpoints before that of `step`, which is safe, but for the newest keep - 1;
     keep 0 keeps all. On resume too: a kill may have come between a save and this."""
-    older = [p for s, p in _steps(Path(run)) if s < step and not problem(p, hashes=False)]
+    older = [p for s, p in _steps(Path(run)) if s < step and not damage(p, hashes=False)]
     for p in older[keep - 1 :] if keep else ():
         _delete(p)
 
@@ -447,7 +446,7 @@ def _misfits(weights, moments, numbers, wanted, params, held) -> list[str]:
 
 
 @torch.no_grad()
-def load(folder, model, optimizer, verify=True) -> dict:
+def restore(folder, model, optimizer, verify=True) -> dict:
     """Put a checkpoint back, bit for bit: weights, moments, torch's CPU generator. Returns the
     state given to `save`, and its "step".
 
@@ -458,7 +457,7 @@ def load(folder, model, optimizer, verify=True) -> dict:
     Raises CheckpointError, in one line with all that does not fit, before anything is touched.
     """
     folder = Path(folder)
-    if why := problem(folder, verify):
+    if why := damage(folder, verify):
         raise CheckpointError(f"cannot load: {why}")
     files, state = _manifest(folder), read_json(folder / "state.json")
     if type(state.get("step")) is not int:
@@ -518,7 +517,7 @@ def holds_run(run) -> bool:
     return has_checkpoints(run) or any((Path(run) / name).exists() for name in LOGS)
 
 
-def clean(run):
+def remove_leftovers(run):
     """Remove what a killed save, deletion or rewind left behind, with one line. Call it while
     holding the lock."""
     run, gone = Path(run), []
@@ -529,7 +528,7 @@ def clean(run):
         if not final.exists():  # killed between the two renames: the old one is still the one
             folder.rename(final)
             log(f"{final}: put back, the save that was to replace it did not finish")
-        elif not problem(final):
+        elif not damage(final):
             _delete(folder)
             gone.append(folder.name)
     for path in sorted(
@@ -693,7 +692,7 @@ def rewind(path, step: int) -> int:
     return len(cut)
 
 
-def compare(saved: dict, now: dict, keys) -> list[str]:
+def changed_settings(saved: dict, now: dict, keys) -> list[str]:
     """Settings that differ between a checkpoint and the command that resumes it, as "key: saved ->
     now" lines; [] means it may go on.
 

@@ -341,7 +341,7 @@ def _shards(folder: Path) -> list[Path]:
     return files
 
 
-def load(name_or_folder, dtype=torch.float32, device="cpu") -> Transformer:
+def load_model(name_or_folder, dtype=torch.float32, device="cpu") -> Transformer:
     """Build a Transformer from a folder, a preset name or a hub id.
 
     Headers are checked first: every name and shape must be the one the configuration implies, and
@@ -410,7 +410,9 @@ def load(name_or_folder, dtype=torch.float32, device="cpu") -> Transformer:
 
 
 @torch.no_grad()
-def save(model: Transformer, folder, tokenizer_from=None, dtype=None, shard_bytes=4 << 30) -> Path:
+def save_model(
+    model: Transformer, folder, tokenizer_from=None, dtype=None, shard_bytes=4 << 30
+) -> Path:
     """Write a Hugging Face folder: config.json, model.safetensors (or shards and their index), the
     tokenizer's files of `tokenizer_from`.
 

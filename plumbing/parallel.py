@@ -143,13 +143,13 @@ def leave(line, code):
 # work and its results
 
 
-def share(n: int) -> slice:
+def local_slice(n: int) -> slice:
     """This rank's piece of n things in a row: contiguous, and none longer by more than one than
     another's."""
     return slice(n * rank() // world(), n * (rank() + 1) // world())
 
 
-def deal(responses: list) -> list:
+def local_responses(responses: list) -> list:
     """This rank's part of responses, dealt out from the longest to the shortest, so that all ranks
     have about equally much to do."""
     if world() == 1:
@@ -157,7 +157,7 @@ def deal(responses: list) -> list:
     return sorted(responses, key=lambda r: -(len(r.prompt) + len(r.ids)))[rank() :: world()]
 
 
-def collect(items: list) -> list:
+def all_gather(items: list) -> list:
     """The lists of all ranks, joined in the order of ranks."""
     if world() == 1:
         return items
@@ -166,7 +166,7 @@ def collect(items: list) -> list:
     return [item for part in parts for item in part]
 
 
-def total(sums: dict[str, float]) -> dict[str, float]:
+def all_reduce(sums: dict[str, float]) -> dict[str, float]:
     """Sums over all ranks, name by name."""
     if world() == 1:
         return sums
@@ -175,7 +175,7 @@ def total(sums: dict[str, float]) -> dict[str, float]:
     return dict(zip(sums, values.tolist(), strict=True))
 
 
-def largest(n: int) -> int:
+def all_reduce_max(n: int) -> int:
     """The largest of all ranks' numbers."""
     if world() == 1:
         return n
@@ -187,10 +187,10 @@ def largest(n: int) -> int:
 def in_step(batches: list) -> list:
     """Batches, followed by a None for each that another rank has more: every forward and backward
     is a meeting of all ranks."""
-    return batches + [None] * (largest(len(batches)) - len(batches))
+    return batches + [None] * (all_reduce_max(len(batches)) - len(batches))
 
 
-def on_first(f, *args, **kw):
+def on_rank_0(f, *args, **kw):
     """f(*args, **kw), run by rank 0 alone. Every rank returns its result, or raises its
     exception."""
     if world() == 1:
@@ -245,7 +245,7 @@ def shard(model, replicas=1, compute=torch.float32):
     return model
 
 
-def whole(t):
+def full_tensor(t):
     """A sharded tensor gathered, on every rank; any other as it is."""
     return t.full_tensor() if isinstance(t, DTensor) else t
 
@@ -259,7 +259,7 @@ def plain(model, device, dtype=None) -> Transformer:
     return out.to(dtype or model.unembedding.dtype).to_empty(device=device).requires_grad_(False)
 
 
-def mine(t):
+def local_tensor(t):
     """This rank's shard of a tensor; all of one that is not sharded."""
     return t.to_local() if isinstance(t, DTensor) else t
 
@@ -271,19 +271,19 @@ def sampling_copy(model, compute):
     if world() == 1:
         return model
     out = plain(model, model.unembedding.device, compute)
-    refresh(model, out)
+    update_sampler(model, out)
     return out
 
 
 @torch.no_grad()
-def refresh(model, out):
+def update_sampler(model, out):
     """Copy the weights into the model to sample from, in place, one parameter at a time. Cast
     first: half the bytes on the wire."""
     if model is out:
         return
     model.reshard()
     for p, q in zip(model.parameters(), out.parameters(), strict=True):
-        q.copy_(whole(p.detach().to(q.dtype)))
+        q.copy_(full_tensor(p.detach().to(q.dtype)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -309,11 +309,12 @@ def gather(model, optimizer):
     twins = dict(out.named_parameters()) if out else {}
     state = defaultdict(dict)
     for name, p in model.named_parameters():
-        full = whole(p)
+        full = full_tensor(p)
         if out:
             twins[name].copy_(full)
         moments = {
-            key: keep(whole(value)) for key, value in sorted(optimizer.state.get(p, {}).items())
+            key: keep(full_tensor(value))
+            for key, value in sorted(optimizer.state.get(p, {}).items())
         }
         if out and moments:
             state[twins[name]] = moments
@@ -346,7 +347,7 @@ def scatter(out, flat, model, optimizer):
     twins = dict(out.named_parameters()) if rank() == 0 else {}
     # moments that have their parameter's shape are announced by their dtype and follow; the rest,
     # step counts, are in the table itself
-    table = on_first(
+    table = on_rank_0(
         lambda: {
             name: {
                 key: v.dtype if isinstance(v, torch.Tensor) and v.dim() else v

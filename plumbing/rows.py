@@ -38,11 +38,11 @@ def each_row(path):
     with open(path, "rb") as lines:  # bytes: a line ends at \n, and not at U+2028 inside a text
         for line in lines:
             if line.strip():
-                row = parsed(line)
+                row = parse_json(line)
                 yield row if isinstance(row, dict) else None
 
 
-def parsed(line):
+def parse_json(line):
     """The value that a line of bytes holds as JSON; None when it holds none."""
     try:
         return json.loads(line.decode("utf-8-sig"))  # -sig: some editors begin with a mark

@@ -59,7 +59,7 @@ SHAPES = {
 }
 
 
-def shape(name: str) -> Config:
+def preset_config(name: str) -> Config:
     """The true shape of a preset or its hub id; ValueError naming those there are."""
     presets = {repository.lower(): preset for preset, repository in HUB.items()}
     preset = presets.get(name.lower(), name.lower())

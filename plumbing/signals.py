@@ -56,7 +56,7 @@ class Signals:
 
     def agree(self) -> int:
         """The signal that any rank has got; 0 for none. All ranks must ask."""
-        self.got = parallel.largest(self.got)
+        self.got = parallel.all_reduce_max(self.got)
         return self.got
 
     @contextmanager

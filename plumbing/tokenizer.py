@@ -252,7 +252,7 @@ class Tokenizer:
         ]
 
 
-def load(folder, format="auto"):
+def load_tokenizer(folder, format="auto"):
     """Tokenizer of a Hugging Face folder: tokenizer.json and, where there, tokenizer_config.json,
     generation_config.json, config.json.
 

@@ -229,7 +229,7 @@ def make(folder):
     import tiny
     from model import Config, Transformer
     from plumbing import checkpoint
-    from plumbing.hub import save
+    from plumbing.hub import save_model
 
     for name, family, tied, more in (
         ("qwen3", "qwen3", True, {}),
@@ -250,8 +250,8 @@ def make(folder):
         model = Transformer(
             Config(family, 300, 16, 2, 4, 2, 4, 24, tied=tied, max_len=256, **more)
         ).init_weights(0)
-        save(model, folder / name)
-        save(model, folder / f"{name} shards", shard_bytes=10_000)
+        save_model(model, folder / name)
+        save_model(model, folder / f"{name} shards", shard_bytes=10_000)
     tokenizers(folder, tiny)
     rows = [
         {"problem": f"What is {i} + {i}? é日本", "answer": str(2 * i), "id": i, "level": 1 + i % 5}
@@ -372,7 +372,7 @@ def load_model(folder):
 
     from plumbing import hub
 
-    m = hub.load(folder)
+    m = hub.load_model(folder)
     assert all(p.isfinite().all() for p in m.parameters()), "NaN or Inf was loaded"
     with torch.no_grad():
         assert (
@@ -422,7 +422,7 @@ def tokenizer_json(rng, good, folder):
         )
     )
     path.write_bytes(damaged_json(rng, json.loads(path.read_text())))
-    tok = tokenizer.load(folder)
+    tok = tokenizer.load_tokenizer(folder)
     for text in ("the thing and 12 é日本\n", "<|im_end|>", "a" * 2000, " " * 2000):
         ids = tok.encode(text)
         text = text.encode().translate(None, tok.missing).decode("utf-8", "replace")
@@ -491,15 +491,15 @@ def checkpoints(rng, good, folder):
     metrics = run / "metrics.jsonl"
     if rng.random() < 0.3:
         metrics.write_bytes(damaged_bytes(rng, metrics.read_bytes()))
-    checkpoint.clean(run)
+    checkpoint.remove_leftovers(run)
     newest = checkpoint.latest(run)
     model, optimizer = trainable()
-    state = checkpoint.load(newest, model, optimizer, verify=False)
+    state = checkpoint.restore(newest, model, optimizer, verify=False)
     checkpoint.rewind(metrics, 10)
     for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         assert json.loads(line)["step"] <= 10
     if not liar:
-        wanted = checkpoint.load(good / "run" / newest.name, *(reference := trainable()))
+        wanted = checkpoint.restore(good / "run" / newest.name, *(reference := trainable()))
         assert state == wanted, "another state was loaded"
         assert all(
             (a == b).all()

@@ -134,9 +134,9 @@ def model_folder(folder) -> Path:
     """A random byte-level model of 4,000 parameters and ten problems, with ten others held out."""
     import tiny
     from model import Config, Transformer
-    from plumbing.hub import save
+    from plumbing.hub import save_model
 
-    save(
+    save_model(
         Transformer(Config("qwen3", 260, 16, 3, 2, 1, 8, 32, tied=True, max_len=256)).init_weights(
             0, 0.3
         ),
@@ -196,7 +196,7 @@ def tensors(folder) -> dict:
 
     from plumbing import checkpoint
 
-    if why := checkpoint.problem(folder):
+    if why := checkpoint.damage(folder):
         raise ValueError(why)
     return {
         f"{p.relative_to(folder)} {name}": hashlib.sha256(

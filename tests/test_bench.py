@@ -11,7 +11,7 @@ from emulated import flash_kernel
 
 from model import Config, Transformer
 from plumbing import shapes
-from plumbing.hub import load
+from plumbing.hub import load_model
 from rollout import Sampler
 from tools import bench, bench_gpu
 
@@ -129,7 +129,7 @@ def test_versus_transformers(capsys):
 
 def test_init_writes_a_folder_that_loads(tmp_path, capsys):
     bench.main(["init", "--like", "tiny", "--layers", "1", "--out", str(tmp_path / "m")])
-    model = load(tmp_path / "m", torch.bfloat16)
+    model = load_model(tmp_path / "m", torch.bfloat16)
     assert model.config.n_layers == 1 and model.embed.weight.float().std().item() == pytest.approx(
         0.02, rel=0.1
     )

@@ -75,7 +75,7 @@ def bits_of(model, optimizer):
 
 def loaded(folder):
     model, optimizer = make(seed=99)
-    state = checkpoint.load(folder, model, optimizer)
+    state = checkpoint.restore(folder, model, optimizer)
     return state, bits_of(model, optimizer)
 
 
@@ -107,7 +107,7 @@ def test_resume_is_bit_exact(tmp_path, family, tied, dtype):
     torch.manual_seed(77)
     again, optimizer = make(family, tied, dtype, seed=5)
     where = {n: p.data_ptr() for n, p in again.named_parameters()}
-    assert checkpoint.load(folder, again, optimizer) == {
+    assert checkpoint.restore(folder, again, optimizer) == {
         "cursor": [1, 2],
         "best": None,
         "share": 0.1,
@@ -128,7 +128,7 @@ def test_a_parameter_without_moments_has_none_after_the_round_trip(tmp_path):
     folder = checkpoint.save(tmp_path, 2, model, optimizer, {})
     again, other = make(tied=False, seed=5)
     train(again, other, 1)  # has moments everywhere: those of the upper blocks must go
-    checkpoint.load(folder, again, other)
+    checkpoint.restore(folder, again, other)
     have = {n for n, p in again.named_parameters() if p in other.state}
     assert have == {
         n
@@ -138,7 +138,7 @@ def test_a_parameter_without_moments_has_none_after_the_round_trip(tmp_path):
     assert bits_of(again, other) == bits_of(model, optimizer)
     train(model, optimizer, 2)  # the switch to the whole model: new moments start at the same age
     rng = torch.get_rng_state()
-    checkpoint.load(folder, again, other)
+    checkpoint.restore(folder, again, other)
     train(again, other, 2)
     assert bits_of(again, other) == bits_of(model, optimizer) and torch.equal(
         rng, torch.get_rng_state()
@@ -148,7 +148,7 @@ def test_a_parameter_without_moments_has_none_after_the_round_trip(tmp_path):
 def test_before_the_first_step_there_are_no_moments(tmp_path):
     model, optimizer = make()
     again, other = make(seed=5)
-    checkpoint.load(checkpoint.save(tmp_path, 0, model, optimizer, {}), again, other)
+    checkpoint.restore(checkpoint.save(tmp_path, 0, model, optimizer, {}), again, other)
     assert not other.state and bits_of(again, other) == bits_of(model, optimizer)
 
 
@@ -189,10 +189,10 @@ def test_any_optimizer_of_tensors_and_numbers(tmp_path, kind, settings):
     train(model, optimizer, 2, until=2)
     folder = checkpoint.save(tmp_path, 2, model, optimizer, {})
     again, other = make(optimizer=kind, seed=5, **settings)
-    checkpoint.load(folder, again, other)
+    checkpoint.restore(folder, again, other)
     assert bits_of(again, other) == bits_of(model, optimizer)
     train(model, optimizer, 1)
-    checkpoint.load(folder, again, other)
+    checkpoint.restore(folder, again, other)
     train(again, other, 1)
     assert bits_of(again, other) == bits_of(model, optimizer)
 
@@ -206,7 +206,9 @@ def test_state_that_is_neither_tensor_nor_number_is_refused(tmp_path):
 
 def test_shards_of_weights_and_of_moments(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 4000)
-    monkeypatch.setattr(checkpoint, "save_model", functools.partial(hub.save, shard_bytes=4000))
+    monkeypatch.setattr(
+        checkpoint, "save_model", functools.partial(hub.save_model, shard_bytes=4000)
+    )
     model, optimizer = make()
     train(model, optimizer, 1)
     folder = checkpoint.save(tmp_path, 1, model, optimizer, {})
@@ -223,7 +225,7 @@ def test_what_was_loaded_does_not_hang_on_the_files(tmp_path):
     train(model, optimizer, 1)
     folder = checkpoint.save(tmp_path, 1, model, optimizer, {})
     again, other = make(seed=5)
-    checkpoint.load(folder, again, other)
+    checkpoint.restore(folder, again, other)
     for p in folder.rglob("*.safetensors"):
         size = p.stat().st_size
         with open(p, "r+b") as f:
@@ -259,17 +261,17 @@ def test_load_names_all_that_does_not_fit_and_touches_nothing(tmp_path):
     for message, (m, o) in others.items():
         before = bits_of(m, o)
         with pytest.raises(CheckpointError, match=message) as e:
-            checkpoint.load(folder, m, o)
+            checkpoint.restore(folder, m, o)
         assert "\n" not in str(e.value) and bits_of(m, o) == before
     with pytest.raises(CheckpointError, match="no such file"):
-        checkpoint.load(tmp_path / "step_000009", model, optimizer)
+        checkpoint.restore(tmp_path / "step_000009", model, optimizer)
     # would broadcast, and train on
     optimizer.state[model.norm.weight]["exp_avg"] = torch.zeros(1, 16)
     folder = checkpoint.save(tmp_path, 2, model, optimizer, {})
     with pytest.raises(
         CheckpointError, match="norm.weight/exp_avg has not the shape of its parameter"
     ):
-        checkpoint.load(folder, *make())
+        checkpoint.restore(folder, *make())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -451,7 +453,7 @@ def test_killed_at_every_file_operation_old_or_new_loads_never_neither(
             )
         else:
             assert situation == "first" and code, f"operation {n}: nothing is left"
-        checkpoint.clean(run)
+        checkpoint.remove_leftovers(run)
         assert names(run) in (
             [],
             ["step_000010"],
@@ -477,7 +479,7 @@ def test_killed_at_every_file_operation_old_or_new_loads_never_neither(
     shutil.rmtree(run)
     shutil.copytree(seed, run)
     child(lambda: killed(len(seen) // 2))  # and a run goes on after its kill
-    checkpoint.clean(run)
+    checkpoint.remove_leftovers(run)
     assert (
         loaded(save())[1] == new
         and "removed what an interrupted save left" in capsys.readouterr().err
@@ -689,12 +691,12 @@ def test_no_bit_of_any_file_can_flip_unnoticed(tmp_path, two):
         for at in range(0, 8 * len(data), 13 if len(data) < 3000 else 8 * len(data) // 40):
             data[at // 8] ^= 1 << at % 8
             (folder / name).write_bytes(data)
-            if not checkpoint.problem(folder):
+            if not checkpoint.damage(folder):
                 accepted += 1
                 assert name == "MANIFEST.json" and loaded(folder) == good, f"{name}, bit {at}"
             data[at // 8] ^= 1 << at % 8
         (folder / name).write_bytes(data)
-    assert not checkpoint.problem(folder) and accepted < 20
+    assert not checkpoint.damage(folder) and accepted < 20
 
 
 def test_sizes_alone_are_a_quicker_and_weaker_look(tmp_path, two):
@@ -748,7 +750,7 @@ def test_a_manifest_that_lies_is_refused(tmp_path, two, change):
     change(manifest)
     path.write_text(json.dumps(manifest))
     assert (
-        "MANIFEST.json" in checkpoint.problem(run / "step_000002")
+        "MANIFEST.json" in checkpoint.damage(run / "step_000002")
         and checkpoint.latest(run).name == "step_000001"
     )
 
@@ -822,7 +824,7 @@ def test_leftovers_go_and_the_rest_stays(tmp_path, capsys, two):
     (run / ".tmp-metrics.jsonl").write_text("")
     for stays in ("metrics.jsonl", "LOCK", ".tmp-mine", "step_000009.bad-1"):
         (run / stays).write_text("")
-    checkpoint.clean(run)
+    checkpoint.remove_leftovers(run)
     assert names(run) == sorted(
         ["metrics.jsonl", "LOCK", ".tmp-mine", "step_000001", "step_000002", "step_000009.bad-1"]
     )
@@ -830,8 +832,8 @@ def test_leftovers_go_and_the_rest_stays(tmp_path, capsys, two):
     assert all(
         n in line for n in (".tmp-step_000003-41", ".trash-step_000001-41", ".tmp-metrics.jsonl")
     )
-    checkpoint.clean(run)
-    checkpoint.clean(tmp_path / "nowhere")
+    checkpoint.remove_leftovers(run)
+    checkpoint.remove_leftovers(tmp_path / "nowhere")
     assert capsys.readouterr().err == ""
 
 
@@ -839,12 +841,12 @@ def test_killed_between_the_two_renames_of_a_replacement(tmp_path, two):
     run = shutil.copytree(two, tmp_path / "run")
     (run / "step_000002").rename(run / "step_000002.old")
     assert checkpoint.latest(run).name == "step_000002.old"
-    checkpoint.clean(run)
+    checkpoint.remove_leftovers(run)
     assert checkpoint.latest(run).name == "step_000002"
     shutil.copytree(run / "step_000002", run / "step_000002.old")
     # the new one is damaged: the old one is not for deletion
     (run / "step_000002/state.json").write_text("{}")
-    checkpoint.clean(run)
+    checkpoint.remove_leftovers(run)
     assert checkpoint.latest(run).name == "step_000002.old"
 
 
@@ -1044,12 +1046,13 @@ def test_checkpoints_or_logs_make_a_run(tmp_path, two):
 def test_compare_names_what_changed():
     saved = json.loads(json.dumps({"lr": 1e-6, "layers": (6, 26), "name": "a", "clip": None}))
     now = {"lr": 2e-6, "layers": (6, 26), "name": "b", "new": True}
-    assert checkpoint.compare(saved, now, ["lr", "layers", "clip", "new"]) == [
+    assert checkpoint.changed_settings(saved, now, ["lr", "layers", "clip", "new"]) == [
         "lr: 1e-06 -> 2e-06",
         "new: null -> true",
     ]  # what is missing is as None
     assert (
-        checkpoint.compare(saved, saved, saved) == [] and checkpoint.compare({}, {}, ["lr"]) == []
+        checkpoint.changed_settings(saved, saved, saved) == []
+        and checkpoint.changed_settings({}, {}, ["lr"]) == []
     )
 
 
@@ -1088,7 +1091,7 @@ def test_a_step_folder_is_a_hugging_face_folder(tmp_path):
         with torch.no_grad():
             ours = model.unembed(model(IDS))
             torch.testing.assert_close(theirs(IDS).logits, ours, rtol=1e-5, atol=1e-5)
-            assert torch.equal(hub.load(folder)(IDS), model(IDS))
+            assert torch.equal(hub.load_model(folder)(IDS), model(IDS))
         assert (folder / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
         # servers load every *.safetensors of the folder itself: the moments must not be among them
         assert [p.name for p in folder.glob("*.safetensors")] == ["model.safetensors"]

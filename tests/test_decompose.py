@@ -25,7 +25,7 @@ from decompose import (
 from model import Config, Transformer
 from plumbing.cli import guarded
 from plumbing.data import Problem
-from plumbing.hub import load, save
+from plumbing.hub import load_model, save_model
 from tools import plot
 
 SHAPE = dict(
@@ -130,7 +130,7 @@ def test_every_number_is_that_of_transformers_with_hooks(family, tmp_path):
     scaling = dict(
         factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
     )
-    save(
+    save_model(
         tiny(family, tied=family == "qwen3", rope_scaling=scaling if family == "llama" else None),
         tmp_path,
     )
@@ -138,7 +138,7 @@ def test_every_number_is_that_of_transformers_with_hooks(family, tmp_path):
         tmp_path, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     ids, P = tokens(17), 5
-    table = measure(load(tmp_path), ids, P, top_k=3, n_vocab=90)
+    table = measure(load_model(tmp_path), ids, P, top_k=3, n_vocab=90)
     caught, logits = hooked_states(hf, ids)
     rows, token, E = slice(P - 1, -1), ids[P:], hf.lm_head.weight.detach()
     assert list(table["token"]) == token.tolist() and list(table["position"]) == list(range(12))
@@ -646,8 +646,8 @@ def test_bad_input_is_one_line(options, message):
 
 
 def test_the_command_on_stored_responses(tmp_path, capsys):
-    save(tiny(), tmp_path / "model")
-    save(tiny(std=0.2), tmp_path / "other")
+    save_model(tiny(), tmp_path / "model")
+    save_model(tiny(std=0.2), tmp_path / "other")
     lines = [
         json.dumps({"prompt_ids": tokens(4).tolist(), "ids": tokens(n, seed=n).tolist()})
         for n in (20, 0, 8)
@@ -676,7 +676,7 @@ def test_the_command_on_stored_responses(tmp_path, capsys):
     )
     rows = [json.loads(x) for x in (tmp_path / "out/entropy.jsonl").read_text().splitlines()]
     table = measure_all(
-        load(tmp_path / "model"),
+        load_model(tmp_path / "model"),
         [(json.loads(x)["prompt_ids"] + json.loads(x)["ids"], 4) for x in lines],
     )
     mine = [r for r in rows if r["run"] == "model"]
@@ -714,9 +714,9 @@ def test_the_command_on_stored_responses(tmp_path, capsys):
 
 def test_the_command_through_training(tmp_path, capsys):
     run = tmp_path / "run"
-    save(tiny(std=0.1), tmp_path / "start")
+    save_model(tiny(std=0.1), tmp_path / "start")
     for step, std in ((20, 0.1), (40, 0.3)):
-        save(tiny(std=std), run / f"step_{step:06d}")
+        save_model(tiny(std=std), run / f"step_{step:06d}")
     (run / "config.json").write_text(json.dumps({"model": str(tmp_path / "start")}))
     (run / "metrics.jsonl").write_text(
         "".join(
@@ -761,7 +761,7 @@ def test_the_command_through_training(tmp_path, capsys):
 
 
 def test_mistakes_end_in_one_line(tmp_path, capsys):
-    save(tiny(), tmp_path / "model")
+    save_model(tiny(), tmp_path / "model")
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.jsonl").write_text('{"prompt_ids": [1], "ids": [-2]}\n{"prompt_ids": "x"}\n')
     (tmp_path / "none.jsonl").write_text("\n")
@@ -792,7 +792,7 @@ def test_mistakes_end_in_one_line(tmp_path, capsys):
 def byte_model(folder, **changes):
     """A random model over the 256 bytes, with its tokenizer."""
     config = Config("qwen3", **{**SHAPE, "vocab_size": 260, "tied": True, **changes})
-    save(Transformer(config).init_weights(0, 0.3), folder)
+    save_model(Transformer(config).init_weights(0, 0.3), folder)
     embedded.write_tokenizer(folder)
     return folder
 
@@ -815,11 +815,11 @@ def test_another_vocabulary_is_refused(tmp_path, capsys, monkeypatch):
     file = json.loads((chat / "tokenizer.json").read_text())
     file["added_tokens"][0]["content"] = "<|im_end|>"
     (chat / "tokenizer.json").write_text(json.dumps(file))
-    save(tiny(), tmp_path / "bare")
+    save_model(tiny(), tmp_path / "bare")
     (tmp_path / "s.jsonl").write_text('{"prompt_ids": [1, 2], "ids": [3, 4]}\n')
     args = ["--model", one, "--samples-file", tmp_path / "s.jsonl", "--out", tmp_path / "out"]
     with monkeypatch.context() as m:
-        m.setattr(decompose, "load", None)
+        m.setattr(decompose, "load_model", None)
         for wrong in (other, tmp_path / "bare"):
             code, said = refused([*args, "--compare", wrong], capsys)
             assert code == 2 and f"--compare {wrong}: its vocabulary is not that of {one}" in said
@@ -905,7 +905,7 @@ def test_texts_of_tokens(tmp_path):
     """Bytes that are no character alone are escapes, in files and figures."""
     from plumbing import tokenizer
 
-    tok = tokenizer.load(byte_model(tmp_path))
+    tok = tokenizer.load_tokenizer(byte_model(tmp_path))
     texts = [decompose.token_text(tok, i) for i in (0, 10, 65, 0x9F, 0xFF, 256, 300)]
     assert texts == ["\\x00", "\n", "A", "\\x9f", "\\xff", "<|endoftext|>", "<300>"]
     assert decompose.token_text(None, 7) == "<7>"

@@ -21,7 +21,7 @@ from eval import avg_at_k, pass_at_k, scores
 from model import Config, Transformer
 from plumbing.cli import guarded, short_name
 from plumbing.data import load_problems
-from plumbing.hub import save
+from plumbing.hub import save_model
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def folder(tmp_path_factory):
 
 def write_model(folder, seed):
     config = Config("qwen3", 260, 16, 2, 2, 1, 8, 32, tied=True, max_len=256)
-    save(Transformer(config).init_weights(seed, 0.3), folder)
+    save_model(Transformer(config).init_weights(seed, 0.3), folder)
     tiny.write_tokenizer(folder)
 
 
@@ -196,7 +196,7 @@ def test_sets_are_added(folder, tmp_path, capsys, monkeypatch):
     assert (out / "samples.jsonl").read_bytes().startswith(first["samples.jsonl"])
     before = bytes_of(out)
     capsys.readouterr()
-    monkeypatch.setattr(evaluation, "load", None)
+    monkeypatch.setattr(evaluation, "load_model", None)
     run(folder, out, data=f"{problems},{others}")
     said = capsys.readouterr().out
     assert said.count("has it") == 2 and said.count("Avg@2") == 2 and bytes_of(out) == before
@@ -246,11 +246,11 @@ def test_changed_weights_are_refused(folder, tmp_path, capsys):
     model, out = tmp_path / "model", tmp_path / "out"
     write_model(model, 0)
     run(folder, out, model=model)
-    state = evaluation.load(model)
+    state = evaluation.load_model(model)
     with torch.no_grad():
         for p in state.parameters():
             p.mul_(1.001)
-    save(state, model)
+    save_model(state, model)
     said = refused(capsys, folder, out, model=model, data=folder / "others.jsonl")[1]
     assert f"the files of {model} have changed since" in said
     write_model(model, 0)
@@ -546,7 +546,7 @@ def test_an_ascii_terminal_shows_escapes(folder, whole, tmp_path, monkeypatch):
 )
 def test_mistakes_end_in_one_line(folder, whole, tmp_path, capsys, monkeypatch, change, code, says):
     """Beside results that are there, which stay, and in a new folder, which is not made."""
-    monkeypatch.setattr(evaluation, "load", None)
+    monkeypatch.setattr(evaluation, "load_model", None)
     before = bytes_of(whole)
     for out in (whole, tmp_path / "new"):
         got, said = refused(capsys, folder, out, **change)
@@ -562,7 +562,7 @@ def test_a_prompt_longer_than_the_model(folder, tmp_path, capsys):
 
 def test_slots_and_compile_reach_the_sampler(folder, tmp_path, monkeypatch):
     """By default the sampler chooses its slots, and the decode step is compiled on a GPU alone."""
-    seen, load = [], evaluation.load
+    seen, load = [], evaluation.load_model
 
     class Seen(evaluation.Sampler):
         def __init__(self, model, slots, max_len, compile):
@@ -570,7 +570,7 @@ def test_slots_and_compile_reach_the_sampler(folder, tmp_path, monkeypatch):
             super().__init__(model, slots, max_len)
 
     monkeypatch.setattr(evaluation, "Sampler", Seen)
-    monkeypatch.setattr(evaluation, "load", lambda folder, dtype, device: load(folder))
+    monkeypatch.setattr(evaluation, "load_model", lambda folder, dtype, device: load(folder))
     monkeypatch.setattr(evaluation, "pick_device", lambda name: name)
     argv = flags(folder, "OUT", slots=None, device=None)
     for n, (more, want) in enumerate(

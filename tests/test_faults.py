@@ -725,7 +725,7 @@ def no_model(monkeypatch):
     def loaded(*a, **k):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(train, "load", loaded)
+    monkeypatch.setattr(train, "load_model", loaded)
 
 
 def mistake(argv, capsys):
@@ -1029,7 +1029,7 @@ def test_F32_absurd_sizes_are_refused_before_any_memory_is_taken(folder, tmp_pat
     try:
         resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), limits[1]))
         with pytest.raises(ValueError, match="do not fit config.json") as e:
-            hub.load(path.parent)
+            hub.load_model(path.parent)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
     assert "\n" not in str(e.value) and time.process_time() - began < 2
@@ -1106,12 +1106,13 @@ def test_F32_F33_no_code_of_a_folder_is_run(folder, tmp_path):
     for name, more in (("config.json", maps), ("tokenizer_config.json", template)):
         (path / name).write_text(json.dumps(json.loads((path / name).read_text()) | more))
     (path / "chat_template.jinja").write_text(template["chat_template"])
-    plain, hostile = hub.load(folder), hub.load(path)
+    plain, hostile = hub.load_model(folder), hub.load_model(path)
     assert all(
         torch.equal(a, b) for a, b in zip(plain.parameters(), hostile.parameters(), strict=True)
     )
     assert (
-        tokenizer.load(path).chat("1+1") == tokenizer.load(folder).chat("1+1") and not mark.exists()
+        tokenizer.load_tokenizer(path).chat("1+1") == tokenizer.load_tokenizer(folder).chat("1+1")
+        and not mark.exists()
     )
 
 
@@ -1254,10 +1255,10 @@ def test_F14_a_manifest_made_to_fit_does_not_make_a_checkpoint_load(tmp_path, na
     step = checkpoint.save(tmp_path, 2, model, optimizer, {})
     forged(step, "state.json", lambda s: s)
     before, rng = [p.clone() for p in model.parameters()], torch.get_rng_state()
-    checkpoint.load(step, model, optimizer)
+    checkpoint.restore(step, model, optimizer)
     forged(step, name, change)
     with pytest.raises(checkpoint.CheckpointError, match=says) as e:
-        checkpoint.load(step, model, optimizer)
+        checkpoint.restore(step, model, optimizer)
     assert "\n" not in str(e.value) and len(str(e.value)) < 5000 and str(step) in str(e.value)
     assert all(
         torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)
@@ -1268,7 +1269,7 @@ def test_F14_names_in_a_header_cannot_break_the_line(folder, tmp_path):
     path = Path(shutil.copytree(folder, tmp_path / "model")) / "model.safetensors"
     save_file({"a\nb\r" * 9999: torch.ones(1)}, path)
     with pytest.raises(ValueError, match="do not fit config.json: a b a b") as e:
-        hub.load(path.parent)
+        hub.load_model(path.parent)
     assert "\n" not in str(e.value) and len(str(e.value)) < 5000
 
 
@@ -1295,7 +1296,7 @@ def test_F33_values_in_a_tokenizer_cannot_fill_the_screen(folder, tmp_path, name
     path = Path(shutil.copytree(folder, tmp_path / "model")) / name
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=name) as e:
-        tokenizer.load(path.parent)
+        tokenizer.load_tokenizer(path.parent)
     assert "\n" not in str(e.value) and len(str(e.value)) < 500
 
 

@@ -206,7 +206,7 @@ def oracle_states(hf, ids):
 
 
 def test_states_and_logits_agree_with_transformers(oracle):
-    m = hub.load(oracle.folder)
+    m = hub.load_model(oracle.folder)
     assert m.config == oracle.c and m.folder == oracle.folder
     logits, theirs = oracle_states(oracle.hf, oracle.ids)
     with torch.no_grad():
@@ -221,8 +221,10 @@ def test_states_and_logits_agree_with_transformers(oracle):
 def test_bfloat16_agrees_with_transformers(oracle, tmp_path):
     """To 2e-2 of the largest value: a bfloat16 step is 0.8 % of a value, and the two sides round in
     different places."""
-    hub.save(randomize(hub.load(oracle.folder), std=0.05), tmp_path, dtype=torch.bfloat16)
-    m, hf = hub.load(tmp_path, torch.bfloat16), oracle_load(tmp_path)
+    hub.save_model(
+        randomize(hub.load_model(oracle.folder), std=0.05), tmp_path, dtype=torch.bfloat16
+    )
+    m, hf = hub.load_model(tmp_path, torch.bfloat16), oracle_load(tmp_path)
     assert {
         t.dtype for t in safetensors.torch.load_file(tmp_path / "model.safetensors").values()
     } == {torch.bfloat16}
@@ -240,7 +242,7 @@ def test_both_generations_of_config_keys_mean_the_same(oracle, tmp_path):
     shutil.copytree(oracle.folder, tmp_path, dirs_exist_ok=True)
     path, c = tmp_path / "config.json", oracle.c
     older_keys(path, c)
-    older = hub.load(tmp_path)
+    older = hub.load_model(tmp_path)
     theirs = oracle_load(tmp_path)
     edit_json(
         path,
@@ -251,7 +253,7 @@ def test_both_generations_of_config_keys_mean_the_same(oracle, tmp_path):
         rope_parameters={"rope_theta": c.rope_theta, "rope_type": "default"}
         | ({"rope_type": "llama3", **c.rope_scaling} if c.rope_scaling else {}),
     )
-    newer = hub.load(tmp_path)
+    newer = hub.load_model(tmp_path)
     assert older.config == newer.config == c
     with torch.no_grad():
         assert torch.equal(older(oracle.ids), newer(oracle.ids))
@@ -260,12 +262,12 @@ def test_both_generations_of_config_keys_mean_the_same(oracle, tmp_path):
 
 @pytest.mark.parametrize("shard_bytes", [4 << 30, 30_000], ids=["single", "shards"])
 def test_transformers_loads_what_we_save(oracle, tmp_path, shard_bytes):
-    m = hub.load(oracle.folder)
+    m = hub.load_model(oracle.folder)
     # byte for byte, odd bytes too
     (oracle.folder / "generation_config.json").write_bytes(
         b'{"eos_token_id": [7, 8],\r\n "top_k": 5}'
     )
-    hub.save(m, tmp_path, tokenizer_from=oracle.folder, shard_bytes=shard_bytes)
+    hub.save_model(m, tmp_path, tokenizer_from=oracle.folder, shard_bytes=shard_bytes)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) == 1 if shard_bytes > 30_000 else len(files) > 3
     names = [n for f in files for n in safetensors.torch.load_file(f)]
@@ -276,7 +278,7 @@ def test_transformers_loads_what_we_save(oracle, tmp_path, shard_bytes):
     # keys we have no use for survive
     assert json.loads((tmp_path / "config.json").read_text())["transformers_version"]
 
-    hf, again = oracle_load(tmp_path), hub.load(tmp_path)
+    hf, again = oracle_load(tmp_path), hub.load_model(tmp_path)
     assert again.config == oracle.c and parameters_equal(again, m)
     assert hf.dtype == torch.float32 and parameters_equal(hf, oracle.hf)
     assert (hf.lm_head.weight is hf.model.embed_tokens.weight) == oracle.c.tied
@@ -288,12 +290,14 @@ def test_transformers_loads_what_we_save(oracle, tmp_path, shard_bytes):
 def test_transformers_loads_a_model_made_here(name, tmp_path):
     """No config.json to start from (`raw` is empty), as the embedded default has none."""
     m, ids = build(name), some_ids()
-    hub.save(m, tmp_path)
-    assert read_config(hf_config(m.config)) == m.config and parameters_equal(hub.load(tmp_path), m)
+    hub.save_model(m, tmp_path)
+    assert read_config(hf_config(m.config)) == m.config and parameters_equal(
+        hub.load_model(tmp_path), m
+    )
     with torch.no_grad():
         assert gap(oracle_load(tmp_path)(ids).logits, m.unembed(m(ids))) <= 1e-5
     m.init_weights()
-    hub.save(m, tmp_path)
+    hub.save_model(m, tmp_path)
     with torch.no_grad():
         assert gap(oracle_load(tmp_path)(ids).logits, m.unembed(m(ids))) <= 1e-6
 
@@ -494,7 +498,7 @@ def test_precision_where_half_the_bits_would_show():
 
 @pytest.fixture
 def folder(tmp_path):
-    return hub.save(build(), tmp_path / "model")
+    return hub.save_model(build(), tmp_path / "model")
 
 
 def edit_weights(folder, **tensors):
@@ -532,8 +536,8 @@ def watched(monkeypatch):
 
 @pytest.mark.parametrize("shard_bytes", [4 << 30, 30_000])
 def test_each_tensor_is_fetched_once_and_let_go_before_the_next(tmp_path, watched, shard_bytes):
-    hub.save(build("qwen2"), tmp_path, shard_bytes=shard_bytes)
-    m = hub.load(tmp_path)
+    hub.save_model(build("qwen2"), tmp_path, shard_bytes=shard_bytes)
+    m = hub.load_model(tmp_path)
     assert sorted(watched.fetched) == sorted(hub.hf_tensors(m.config)) and not watched.alive
 
 
@@ -549,7 +553,7 @@ def test_everything_wrong_with_the_weights_is_one_message_before_any_is_read(fol
             "lm_head.weight": torch.zeros(V, D, dtype=torch.float64),
         },
     )
-    message = complaint(ValueError, hub.load, folder)
+    message = complaint(ValueError, hub.load_model, folder)
     for part in (
         str(folder),
         "model.norm.weight is missing",
@@ -563,20 +567,22 @@ def test_everything_wrong_with_the_weights_is_one_message_before_any_is_read(fol
     assert message.count(";") == 5 and not watched.fetched
     # hundreds missing: the first of them and how many more
     edit_json(folder / "config.json", num_hidden_layers=40)
-    assert "more" in complaint(ValueError, hub.load, folder)
+    assert "more" in complaint(ValueError, hub.load_model, folder)
 
 
 def test_rotary_buffers_of_old_checkpoints_are_no_weights(folder):
     edit_weights(folder, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
-    assert parameters_equal(hub.load(folder), build())
+    assert parameters_equal(hub.load_model(folder), build())
 
 
 def test_shards_missing_twice_or_outside_the_folder(tmp_path):
-    sharded = hub.save(build(), tmp_path / "model", shard_bytes=30_000)
+    sharded = hub.save_model(build(), tmp_path / "model", shard_bytes=30_000)
     index = sharded / "model.safetensors.index.json"
     files = sorted({f.name for f in sharded.glob("*.safetensors")})
     weight_map = json.loads(index.read_text())["weight_map"]
-    assert parameters_equal(hub.load(sharded), build()) and set(weight_map.values()) == set(files)
+    assert parameters_equal(hub.load_model(sharded), build()) and set(weight_map.values()) == set(
+        files
+    )
     # it exists: only the rule refuses it
     shutil.copy(sharded / files[0], tmp_path / "x.safetensors")
     for name in (
@@ -589,19 +595,19 @@ def test_shards_missing_twice_or_outside_the_folder(tmp_path):
     ):
         index.write_text(json.dumps({"weight_map": weight_map | {"model.norm.weight": name}}))
         assert str(name) in complaint(
-            ValueError, hub.load, sharded
-        ) and "plain file names" in complaint(ValueError, hub.load, sharded)
+            ValueError, hub.load_model, sharded
+        ) and "plain file names" in complaint(ValueError, hub.load_model, sharded)
     for broken in ({}, {"weight_map": {}}, {"weight_map": [1]}):
         index.write_text(json.dumps(broken))
-        assert "no weight_map" in complaint(ValueError, hub.load, sharded)
+        assert "no weight_map" in complaint(ValueError, hub.load_model, sharded)
     index.write_text(json.dumps({"weight_map": weight_map | {"extra": "model-twice.safetensors"}}))
     shutil.copy(sharded / files[0], sharded / "model-twice.safetensors")
     assert "model.embed_tokens.weight stands in two shards" in complaint(
-        ValueError, hub.load, sharded
+        ValueError, hub.load_model, sharded
     )
     (sharded / "model-twice.safetensors").unlink()
     (sharded / files[1]).unlink()
-    message = complaint(ValueError, hub.load, sharded)
+    message = complaint(ValueError, hub.load_model, sharded)
     assert files[1] in message and "model-twice.safetensors" in message and files[0] not in message
 
 
@@ -617,16 +623,16 @@ def test_files_that_are_not_what_their_names_say(folder):
     ):
         path.write_bytes(content)
         assert (
-            str(path) in (message := complaint(ValueError, hub.load, folder))
+            str(path) in (message := complaint(ValueError, hub.load_model, folder))
             and "not a readable safetensors file" in message
         )
     path.unlink()
-    assert "model.safetensors" in complaint(ValueError, hub.load, folder)
+    assert "model.safetensors" in complaint(ValueError, hub.load_model, folder)
     for content in (b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000):
         (folder / "config.json").write_bytes(content)
-        assert "config.json" in complaint(ValueError, hub.load, folder)
+        assert "config.json" in complaint(ValueError, hub.load_model, folder)
     (folder / "config.json").unlink()
-    assert "config.json" in complaint(FileNotFoundError, hub.load, folder)
+    assert "config.json" in complaint(FileNotFoundError, hub.load_model, folder)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -636,20 +642,22 @@ def test_weights_that_are_not_numbers(folder, value, dtype):
     bad[79, 5] = value
     edit_weights(folder, **{"model.layers.1.mlp.gate_proj.weight": bad})
     assert "model.layers.1.mlp.gate_proj.weight holds NaN or Inf" in complaint(
-        ValueError, hub.load, folder
+        ValueError, hub.load_model, folder
     )
 
 
 def test_a_tied_checkpoint_may_repeat_the_embedding_but_not_contradict_it(tmp_path):
     m = build("qwen3-tied")
-    hub.save(m, tmp_path)
+    hub.save_model(m, tmp_path)
     edit_weights(tmp_path, **{"lm_head.weight": m.embed.weight.detach().clone()})
-    assert parameters_equal(hub.load(tmp_path), m)
+    assert parameters_equal(hub.load_model(tmp_path), m)
     edit_weights(tmp_path, **{"lm_head.weight": m.embed.weight.detach() + 1e-3 * torch.eye(V, D)})
-    assert "lm_head.weight differs from the embedding" in complaint(ValueError, hub.load, tmp_path)
+    assert "lm_head.weight differs from the embedding" in complaint(
+        ValueError, hub.load_model, tmp_path
+    )
     # said to be untied, both are read
     edit_json(tmp_path / "config.json", tie_word_embeddings=False)
-    assert gap(hub.load(tmp_path).unembedding, m.embed.weight) > 5e-4
+    assert gap(hub.load_model(tmp_path).unembedding, m.embed.weight) > 5e-4
 
 
 def test_saving_again_replaces_the_weights_however_they_are_split(tmp_path):
@@ -660,8 +668,8 @@ def test_saving_again_replaces_the_weights_however_they_are_split(tmp_path):
     (tmp_path / "model_card.safetensors").write_text("not ours")
     for m, shard_bytes in ((a, 20_000), (b, 4 << 30), (c, 50_000)):
         # the tokenizer is already where it belongs
-        hub.save(m, tmp_path, tokenizer_from=tmp_path, shard_bytes=shard_bytes)
-        assert parameters_equal(hub.load(tmp_path), m)
+        hub.save_model(m, tmp_path, tokenizer_from=tmp_path, shard_bytes=shard_bytes)
+        assert parameters_equal(hub.load_model(tmp_path), m)
         assert len(list(tmp_path.glob("model*.safetensors"))) == 1 + len(hub._shards(tmp_path))
     assert (tmp_path / "tokenizer.json").read_text() == "{}" and (
         tmp_path / "model_card.safetensors"
@@ -772,7 +780,7 @@ def test_names_that_are_nowhere(tmp_path):
 
 def test_an_unreachable_hub_names_the_repository_and_the_ways_out(monkeypatch):
     def ways_out(name, repo):
-        message = complaint(FileNotFoundError, hub.load, name)
+        message = complaint(FileNotFoundError, hub.load_model, name)
         assert all(
             part in message for part in (name, repo, f"`hf download {repo}`", "HF_HOME", "folder")
         )
@@ -798,7 +806,7 @@ def test_presets_and_the_hub_give_folders(monkeypatch, folder):
         lambda repo, **kw: asked.append((repo, kw["allow_patterns"])) or str(folder),
     )
     assert (
-        hub.load("qwen3-0.6b-base").folder == folder == hub.resolve("Some-one/some.model")
+        hub.load_model("qwen3-0.6b-base").folder == folder == hub.resolve("Some-one/some.model")
         and hub.resolve(folder) == folder
     )
     # a folder asks nobody
@@ -836,7 +844,7 @@ def cached(folder, tmp_path, monkeypatch):
 def test_cached_model_is_taken_as_it_is_and_its_commit_is_known(cached, monkeypatch):
     for revision in (None, "main", COMMIT):
         assert hub.resolve("qwen3-4b", revision) == hub.resolve("Qwen/Qwen3-4B", revision) == cached
-    assert download.commit(cached) == COMMIT and hub.load("qwen3-4b").folder == cached
+    assert download.commit(cached) == COMMIT and hub.load_model("qwen3-4b").folder == cached
     with pytest.raises(
         FileNotFoundError, match="qwen3-4b: .* at revision v2: it is not in the cache"
     ):
@@ -870,7 +878,7 @@ def test_damaged_model_in_the_cache_is_not_loaded(cached, name, how):
         how %= 8 * path.stat().st_size
     damage(path, how)
     with pytest.raises(hub.CheckpointError, match=f"{name}: the file is damaged") as e:
-        hub.load("qwen3-4b")
+        hub.load_model("qwen3-4b")
     assert f"`hf download Qwen/Qwen3-4B {name} --force-download --revision {COMMIT}`" in str(
         e.value
     ) and "\n" not in str(e.value)
@@ -883,18 +891,18 @@ def test_damaged_model_in_the_cache_is_not_loaded(cached, name, how):
             hub.CheckpointError,
             match="hf download Qwen/Qwen3-4B model.safetensors --force-download",
         ):
-            hub.load("qwen3-4b")
+            hub.load_model("qwen3-4b")
 
 
 def test_damaged_list_of_shards_in_the_cache(folder, tmp_path, monkeypatch):
     (folder / "tokenizer.json").write_text("{}")
     files = {
         p.name: p.read_bytes()
-        for p in hub.save(hub.load(folder), folder, shard_bytes=9000).iterdir()
+        for p in hub.save_model(hub.load_model(folder), folder, shard_bytes=9000).iterdir()
     }
     assert len(files) > 4 and "model.safetensors" not in files
     snapshot = fill(empty_cache(tmp_path, monkeypatch), "model", "Qwen/Qwen3-4B", files)
-    assert hub.load("qwen3-4b").folder == snapshot
+    assert hub.load_model("qwen3-4b").folder == snapshot
     (snapshot / sorted(name for name in files if name.endswith(".safetensors"))[1]).unlink()
     with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE is set"):
         hub.resolve("qwen3-4b")

@@ -303,7 +303,7 @@ def test_a_checkpoint_brings_back_every_bit(tmp_path, moment_dtype):
     model, again = bfloat16_model(0), bfloat16_model(1)
     a, b = (SplitAdamW(m.parameters(), lr=1e-4, moment_dtype=moment_dtype) for m in (model, again))
     learn(model, a, 3, until=1)
-    checkpoint.load(checkpoint.save(tmp_path, 3, model, a, {}), again, b)
+    checkpoint.restore(checkpoint.save(tmp_path, 3, model, a, {}), again, b)
     assert state_equal(a, b) and 0 < len(b.state) < len(b.param_groups[0]["params"])
     assert any(s["remainder"].any() for s in b.state.values()) and all(
         type(s["step"]) is int for s in b.state.values()

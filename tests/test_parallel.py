@@ -30,7 +30,7 @@ from grpo import Response, micro_batches
 from model import Transformer
 from plumbing import checkpoint, parallel
 from plumbing.cli import guarded
-from plumbing.hub import load, save
+from plumbing.hub import load_model, save_model
 from plumbing.optimizer import SplitAdamW
 
 # several micro-batches an update, and not equally many on both ranks
@@ -116,7 +116,9 @@ def gradients(folder, tied, replicas=1, compute=torch.float32):
     """Loss and gradients of an internal and of the whole policy by `bupo.backward`, and the modules
     that ranks gather for it."""
     dtype = compute if parallel.world() == 1 else torch.float32
-    model = parallel.shard(load(folder / ("model" if tied else "untied"), dtype), replicas, compute)
+    model = parallel.shard(
+        load_model(folder / ("model" if tied else "untied"), dtype), replicas, compute
+    )
     if dtype == torch.bfloat16:
         SplitAdamW(model.parameters())  # makes gradients float32
     names = {id(m): n for n, m in model.named_modules()}
@@ -127,7 +129,7 @@ def gradients(folder, tied, replicas=1, compute=torch.float32):
             seen = bupo.backward(model, batch_of(), layer, 20)
         norm = train.clip_gradients(model, 1.0)
         grads = {
-            n: None if p.grad is None else parallel.whole(p.grad).clone()
+            n: None if p.grad is None else parallel.full_tensor(p.grad).clone()
             for n, p in model.named_parameters()
         }
         out[layer] = {"seen": seen, "norm": norm, "grads": grads, "gathered": gathered}
@@ -154,7 +156,7 @@ def watching(model, note):
 def round_trip(folder):
     """Weights and moments through `gather` and `scatter`, after looks that leave the embedding
     gathered; 1 is added on the way."""
-    model = parallel.shard(load(folder / "model"))
+    model = parallel.shard(load_model(folder / "model"))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     bupo.backward(model, batch_of(), 1, 20)
     optimizer.step()
@@ -198,13 +200,13 @@ def do_everything(folder):
     }
     found["half"] = gradients(folder, True, compute=torch.bfloat16)
     try:
-        parallel.on_first(lambda: [] if parallel.rank() else int("disk full"))
+        parallel.on_rank_0(lambda: [] if parallel.rank() else int("disk full"))
     except ValueError as e:
         found["error"] = str(e)
     found["round_trip"] = round_trip(folder)
     found["counts"] = [
-        len(micro_batches(parallel.deal(batch_of()), 20)),
-        parallel.total({"x": 1.5, "y": parallel.rank()}),
+        len(micro_batches(parallel.local_responses(batch_of()), 20)),
+        parallel.all_reduce({"x": 1.5, "y": parallel.rank()}),
     ]
     torch.save(found, folder / f"found-{parallel.rank()}.pt")
     train.main(arguments(folder, "two"))
@@ -327,10 +329,10 @@ def evaluate(folder, name):
 def folder(tmp_path_factory):
     """The same work by two ranks and by one process, all in one folder."""
     folder = tmp_path_factory.mktemp("parallel")
-    save(Transformer(CONFIG).init_weights(0, 0.3), folder / "model")
+    save_model(Transformer(CONFIG).init_weights(0, 0.3), folder / "model")
     # an odd number of rows for two ranks
     untied = type(CONFIG)(**{**CONFIG.__dict__, "tied": False, "vocab_size": 261})
-    save(Transformer(untied).init_weights(1, 0.3), folder / "untied")
+    save_model(Transformer(untied).init_weights(1, 0.3), folder / "untied")
     tiny.write_tokenizer(folder / "model")
     write_problems(folder / "model")
     with tossing():
@@ -472,9 +474,9 @@ def test_runs_are_those_of_one_process(folder, one, two):
     for name in (one, two):
         model = Transformer(CONFIG)
         optimizer[name] = torch.optim.AdamW(model.parameters(), fused=True)
-        checkpoint.load(folder / name / last, model, optimizer[name])
+        checkpoint.restore(folder / name / last, model, optimizer[name])
     ours, theirs = (optimizer[n].param_groups[0]["params"] for n in (one, two))
-    start = list(load(folder / "model").parameters())
+    start = list(load_model(folder / "model").parameters())
     for p, q, before in zip(ours, theirs, start, strict=True):
         assert (p - q).abs().max() < 1e-6 and (p - before).abs().max() > 5e-5
         x, y = (optimizer[n].state[t] for n, t in ((one, p), (two, q)))
@@ -489,7 +491,7 @@ def test_a_checkpoint_of_two_ranks_has_the_files_of_one_process(folder):
     ]
     assert files[0] == files[1] and any("optim" in f for f in files[0])
     internal = [
-        checkpoint.load(
+        checkpoint.restore(
             folder / n / "step_000002",
             model := Transformer(CONFIG),
             optimizer := torch.optim.AdamW(model.parameters()),
@@ -519,7 +521,7 @@ def test_shares_are_whole_and_even(n, world, monkeypatch):
     monkeypatch.setattr(parallel, "world", lambda: world)
     for r in range(world):
         monkeypatch.setattr(parallel, "rank", lambda r=r: r)
-        shares.append(list(range(n))[parallel.share(n)])
+        shares.append(list(range(n))[parallel.local_slice(n)])
     assert sum(shares, []) == list(range(n)) and max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
@@ -542,7 +544,7 @@ def test_a_lost_rank_ends_the_other_and_leaves_nothing_half_written(folder, job,
         sorted(p.name for p in (folder / name).iterdir() if p.name.startswith(("step", ".")))
         == kept
     )
-    assert all(checkpoint.problem(folder / name / k) == "" for k in kept)
+    assert all(checkpoint.damage(folder / name / k) == "" for k in kept)
 
 
 @pytest.mark.parametrize("where, step", [("rollout", 1), ("update", 2)])

@@ -23,7 +23,7 @@ from plumbing import kernels
 from plumbing import memory as plan
 from plumbing.hub import HUB
 from plumbing.memory import TooLarge, choose, memory_plan, with_
-from plumbing.shapes import SHAPES, shape
+from plumbing.shapes import SHAPES, preset_config
 
 CARDS = 24, 80, 141
 FOUR = "qwen3-0.6b", "qwen3-4b", "llama-3.2-1b", "qwen2.5-1.5b"
@@ -173,7 +173,7 @@ def full_depth(monkeypatch, config, *rest):
 
 def test_layers_add_alike(monkeypatch):
     """What `full_depth` rests on, and the trace's own sums: a block keeps what block_bytes says."""
-    config = replace(shape("qwen3-0.6b"), n_layers=4)
+    config = replace(preset_config("qwen3-0.6b"), n_layers=4)
     for recompute in (False, True):
         rest = torch.bfloat16, 4096, recompute
         kept, *peaks = trace(monkeypatch, config, *rest)
@@ -185,7 +185,7 @@ def test_layers_add_alike(monkeypatch):
 @pytest.mark.parametrize("name", FOUR)
 def test_activations_and_peak_are_those_of_a_trace(name, dtype, recompute, monkeypatch):
     """The peak beside weights, gradients and optimizer state, which are mere sums."""
-    c = shape(name)
+    c = preset_config(name)
     kept, peak = full_depth(monkeypatch, c, dtype, 16384, recompute)
     moments = plan.backward_moments(c, 16384, 1024, dtype.itemsize, recompute)
     assert moments["head backward"]["activations"] == pytest.approx(kept, rel=0.01)
@@ -197,7 +197,7 @@ def test_activations_and_peak_are_those_of_a_trace(name, dtype, recompute, monke
 @pytest.mark.parametrize("name", SHAPES)
 def test_what_is_accepted_fits_by_the_trace(name, monkeypatch, traced={}):  # noqa: B006
     """For every preset and card: weights, gradients and state, and the traced peak beside them."""
-    c = shape(name)
+    c = preset_config(name)
     sizes = c.vocab_size, c.d_model, c.n_layers, c.n_heads, c.n_kv_heads, c.d_mlp, c.qk_norm
     for memory in CARDS:
         try:
@@ -219,7 +219,7 @@ def test_what_is_accepted_fits_by_the_trace(name, monkeypatch, traced={}):  # no
 
 @pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen3-4b"])  # wide heads, a wide MLP
 def test_sampling_takes_what_a_trace_takes(name, monkeypatch):
-    c, slots = replace(shape(name), n_layers=2), 64
+    c, slots = replace(preset_config(name), n_layers=2), 64
     args = with_(chosen(c, 141), slots=slots)
     parts = plan.sampling_bytes(c, args, 2, cuda=True)
     with as_on_a_gpu(monkeypatch, torch.bfloat16), torch.no_grad():
@@ -245,14 +245,14 @@ def test_sampling_takes_what_a_trace_takes(name, monkeypatch):
 
 @pytest.mark.parametrize("name", [*SHAPES, "tiny"])
 def test_parameters_are_those_of_the_model(name):
-    c = tiny.CONFIG if name == "tiny" else replace(shape(name), n_layers=2)
+    c = tiny.CONFIG if name == "tiny" else replace(preset_config(name), n_layers=2)
     with torch.device("meta"):
         sizes = [p.numel() for p in Transformer(c).parameters()]
     assert sorted(plan.parameter_sizes(c)) == sorted(sizes) and plan.parameters(c) == sum(sizes)
 
 
 def test_held_parts_are_bytes_a_parameter():
-    c = shape("qwen3-4b")
+    c = preset_config("qwen3-4b")
     n = plan.parameters(c) / 1e9
     args = with_(chosen(c, 141), optimizer="split", slots=24)
     parts = memory_plan(c, args, True, 1).moments
@@ -270,7 +270,7 @@ def test_held_parts_are_bytes_a_parameter():
 
 
 def test_shards_divide_what_is_held():
-    c = shape("qwen3-8b")
+    c = preset_config("qwen3-8b")
     args = with_(chosen(c, 141), optimizer="adamw", slots=8)
     one, eight, two_by_four = (
         memory_plan(c, with_(args, replicas=replicas), True, world).moments["training"]
@@ -300,7 +300,7 @@ def test_pinned_tensors_are_powers_of_two():
 
 
 def test_the_headline_run_fits_80_gb():
-    c = shape("qwen3-4b")
+    c = preset_config("qwen3-4b")
     args = chosen(c, 80)
     assert args.max_prompt_tokens + args.max_new_tokens == 8192 and args.slots >= 24
     assert args.recompute and not args.offload and memory_plan(c, args, True, 1).peak <= 80
@@ -308,15 +308,15 @@ def test_the_headline_run_fits_80_gb():
 
 
 def test_small_models_fit_24_gb():
-    assert chosen(shape("qwen3-0.6b"), 24).offload is False
-    args = chosen(shape("qwen3-1.7b"), 24)
+    assert chosen(preset_config("qwen3-0.6b"), 24).offload is False
+    args = chosen(preset_config("qwen3-1.7b"), 24)
     assert args.offload and args.recompute and args.slots >= 12
     with pytest.raises(TooLarge, match="18.4 GB of the host's 16"):
-        chosen(shape("qwen3-1.7b"), 24, host=16)
+        chosen(preset_config("qwen3-1.7b"), 24, host=16)
 
 
 def test_ways_in_order_of_preference():
-    args = settings(shape("qwen3-4b"))
+    args = settings(preset_config("qwen3-4b"))
     found = [tuple(way.values()) for way in plan.ways(args, 1)]
     states = ("split-m32", False), ("split", False), ("split", True)
     rest = (False, 16384), (False, 8192), (True, 16384), (True, 8192)
@@ -334,7 +334,7 @@ def test_ways_in_order_of_preference():
 
 
 def test_what_is_named_stands():
-    c = shape("qwen3-4b")
+    c = preset_config("qwen3-4b")
     named = dict(slots=7, micro_tokens=8192, recompute=True, optimizer="split", offload=True)
     assert choose(c, settings(c, **named), 80e9, 1e12, world=1) == []
     for name, value in named.items():
@@ -343,16 +343,16 @@ def test_what_is_named_stands():
 
 
 def test_rows_are_no_more_than_fit_or_are_of_use():
-    c = shape("qwen3-4b")
+    c = preset_config("qwen3-4b")
     args = chosen(c, 80)
     one_more = memory_plan(c, with_(args, slots=args.slots + 1), True, 1)
     assert one_more.total("sampling") > 80
     assert chosen(c, 80, prompts=2, group=5).slots == 10
-    assert chosen(shape("qwen2.5-0.5b"), 141).slots == 256
+    assert chosen(preset_config("qwen2.5-0.5b"), 141).slots == 256
 
 
 def test_reasons_name_what_stood_against_the_better():
-    c = shape("qwen3-4b")
+    c = preset_config("qwen3-4b")
     args = settings(c)
     found = {name: why for name, _, why in choose(c, args, 80e9, 1e12, world=1)}
     better = with_(chosen(c, 80), optimizer="split-m32", slots=24)
@@ -363,7 +363,7 @@ def test_reasons_name_what_stood_against_the_better():
 
 
 def test_too_large_is_one_line_that_says_what_would_help():
-    c = shape("qwen3-4b")
+    c = preset_config("qwen3-4b")
     with pytest.raises(TooLarge) as e:
         chosen(c, 80, recompute=False, offload=False, slots=64, kl=0.01, logit_chunk=4096)
     line = str(e.value)
@@ -391,7 +391,7 @@ def test_a_cpu_keeps_its_defaults():
 
 
 def test_table_is_narrow_and_says_what_fits():
-    sizes = {name: shape(name) for name in SHAPES if len(name) < 16}
+    sizes = {name: preset_config(name) for name in SHAPES if len(name) < 16}
     lines = plan.table(sizes, [16, 24, 48, 80, 141], settings(tiny.CONFIG, max_new_tokens=None))
     lines = lines.splitlines()
     assert len(lines) == 2 + 5 * len(sizes) and max(map(len, lines)) <= 80
@@ -399,16 +399,18 @@ def test_table_is_narrow_and_says_what_fits():
     cells = {
         (name.strip(), int(gb)): [x.strip() for x in rest] for (name, gb), rest in cells.items()
     }
-    args = chosen(shape("qwen3-4b"), 80)
-    peak = f"{memory_plan(shape('qwen3-4b'), args, True, 1).peak:.1f}"
+    args = chosen(preset_config("qwen3-4b"), 80)
+    peak = f"{memory_plan(preset_config('qwen3-4b'), args, True, 1).peak:.1f}"
     assert cells["qwen3-4b", 80] == ["split", "no", "yes", "16384", f"{args.slots}", peak]
     assert cells["qwen3-14b", 48][0] == "too small" and float(cells["qwen3-14b", 48][-1]) > 48
-    one = plan.table({"qwen3-4b": shape("qwen3-4b")}, [80], settings(shape("qwen3-4b")))
+    one = plan.table(
+        {"qwen3-4b": preset_config("qwen3-4b")}, [80], settings(preset_config("qwen3-4b"))
+    )
     assert one.splitlines()[0].startswith("GB") and len(one.splitlines()) == 3
 
 
 def test_shown_are_parts_peak_reasons_and_disk(capsys, monkeypatch):
-    c = shape("qwen3-4b")
+    c = preset_config("qwen3-4b")
     args = settings(c, out=Path("not/there/yet"))
     found = choose(c, args, 80e9, 1e12, world=1)
     args = with_(args, **{name: value for name, value, _ in found})
@@ -426,12 +428,12 @@ def test_shown_are_parts_peak_reasons_and_disk(capsys, monkeypatch):
 
 
 def test_every_preset_has_a_shape():
-    assert all(shape(name) == shape(repository) for name, repository in HUB.items())
+    assert all(preset_config(name) == preset_config(repository) for name, repository in HUB.items())
     with pytest.raises(ValueError, match="qwen9-4b: no such shape; there are qwen3-0.6b"):
-        shape("qwen9-4b")
+        preset_config("qwen9-4b")
 
 
 def test_response_lengths_stay_inside_the_positions():
-    lengths = {name: plan.default_new_tokens(shape(name), 1024) for name in SHAPES}
+    lengths = {name: plan.default_new_tokens(preset_config(name), 1024) for name in SHAPES}
     assert lengths["qwen3-4b"] == 7168 and lengths["llama-3.2-1b"] == 3072
     assert lengths["qwen2.5-math-7b"] == 3072

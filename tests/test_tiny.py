@@ -7,7 +7,7 @@ import torch
 
 import tiny
 from plumbing import arithmetic, tokenizer
-from plumbing.hub import load
+from plumbing.hub import load_model
 from verify import verify
 
 
@@ -31,7 +31,7 @@ def test_held_out_problems_are_disjoint_and_reproducible():
 
 def test_tokenizer_is_bytes(tmp_path):
     tiny.write_tokenizer(tmp_path)
-    t = tokenizer.load(tmp_path)
+    t = tokenizer.load_tokenizer(tmp_path)
     for text in ("7+8=15. \\boxed{15}\n", "é漢🙂", "\x00 ~\x7f", "<|endoftext|>"):
         assert t.encode(text) == list(text.encode()) and t.decode(t.encode(text)) == text
     assert (t.stop_ids, t.n_vocab, t.format) == ((tiny.END,), tiny.END + 1, "base")
@@ -42,13 +42,13 @@ def test_warm_up_is_cached_and_reproducible(tmp_path):
     a, b, c = (
         tiny.warm_up(tmp_path / n, s, steps=3, batch=8) for n, s in (("a", 1), ("b", 1), ("c", 2))
     )
-    wa, wb, wc = (load(f).embed.weight for f in (a, b, c))
+    wa, wb, wc = (load_model(f).embed.weight for f in (a, b, c))
     assert torch.equal(wa, wb) and not torch.equal(wa, wc)
     stamp = (a / "model.safetensors").stat().st_mtime_ns
     tiny.warm_up(a, 1, steps=3, batch=8)
     assert (a / "model.safetensors").stat().st_mtime_ns == stamp  # kept
     tiny.warm_up(a, 2, steps=3, batch=8)
-    assert torch.equal(load(a).embed.weight, wc)  # another seed: done again
+    assert torch.equal(load_model(a).embed.weight, wc)  # another seed: done again
     assert json.loads((a / "generation_config.json").read_text())["eos_token_id"] == tiny.END
 
 

@@ -24,9 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plumbing import tokenizer
-from plumbing.hub import HUB
-from plumbing.hub import load as load_model
-from plumbing.tokenizer import SYSTEM, load
+from plumbing.hub import HUB, load_model
+from plumbing.tokenizer import SYSTEM, load_tokenizer
 from rollout import Sampler
 from tools import bench
 
@@ -214,7 +213,7 @@ def full_size(shared, name):
     folder = shared / "tokenizers" / name
     file = json.loads((folder / "tokenizer.json").read_text())
     return (
-        load(folder),
+        load_tokenizer(folder),
         oracle(file),
         tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")),
         file,
@@ -236,7 +235,7 @@ def small(tmp_path_factory, trained):
     """The trained one dressed as Qwen3, as `full_size` gives the others."""
     file = bpe_file(*trained, "qwen", normalizer="NFC", added=(*SPECIALS, "<think>", "</think>"))
     return (
-        load(write(tmp_path_factory.mktemp("small"), file)),
+        load_tokenizer(write(tmp_path_factory.mktemp("small"), file)),
         oracle(file),
         tokenizers.Tokenizer.from_str(json.dumps(file)),
         file,
@@ -261,7 +260,7 @@ def test_small_bpe_equals_tokenizers(tmp_path, trained, pre, ignore_merges, merg
     vocab = vocab | {token: len(vocab) + n for n, token in enumerate(extra)}
     merges = merges if merges_as == "pairs" else [" ".join(m) for m in merges]
     file = bpe_file(vocab, merges, pre, ignore_merges, "NFC" if pre == "qwen" else None)
-    tok, reference = load(write(tmp_path, file)), oracle(file)
+    tok, reference = load_tokenizer(write(tmp_path, file)), oracle(file)
     words = [
         "",
         "x",
@@ -289,7 +288,7 @@ def test_ids_need_not_follow_merge_order(tmp_path, trained):
     ids = list(vocab.values())
     random.Random(1).shuffle(ids)
     file = bpe_file(dict(zip(vocab, ids, strict=True)), merges, "qwen", normalizer="NFC")
-    tok, reference = load(write(tmp_path, file)), oracle(file)
+    tok, reference = load_tokenizer(write(tmp_path, file)), oracle(file)
 
     @settings(max_examples=200, deadline=None, derandomize=True, database=None)
     @given(anything)
@@ -336,7 +335,7 @@ def test_any_merge_list_is_followed_or_refused(tmp_path):
         kind, file, letters = random_bpe(r)
         write(tmp_path, file)
         try:
-            tok = load(tmp_path)
+            tok = load_tokenizer(tmp_path)
         except ValueError as e:
             assert "makes a token that an earlier merge uses" in str(e), seed
             done["refused"] += 1
@@ -363,7 +362,7 @@ def test_converted_from_tiktoken(tmp_path, trained, ignore_merges):
     ]
     assert len(merges) > len(trained[1])
     file = bpe_file(vocab, merges, "llama3", ignore_merges)
-    tok, reference = load(write(tmp_path, file)), oracle(file)
+    tok, reference = load_tokenizer(write(tmp_path, file)), oracle(file)
     for text in TEXTS:
         assert_equal(tok, reference, text)
 
@@ -415,13 +414,13 @@ def test_llama3_with_all_splits(tmp_path, llama31):
     ]
     assert len(merges) == 280_147
     file = file | {"model": file["model"] | {"merges": merges}}
-    tok, reference = load(write(tmp_path, file)), oracle(file)
+    tok, reference = load_tokenizer(write(tmp_path, file)), oracle(file)
     for text in TEXTS:
         assert_equal(tok, reference, text)
 
 
 def test_lone_surrogates_become_replacement_characters(tmp_path, trained):
-    tok = load(write(tmp_path, bpe_file(*trained)))
+    tok = load_tokenizer(write(tmp_path, bpe_file(*trained)))
     assert tok.decode(tok.encode("a\ud83db\udc00")) == "a\ufffdb\ufffd"
 
 
@@ -431,7 +430,7 @@ def test_lone_surrogates_become_replacement_characters(tmp_path, trained):
 def test_a_million_characters(tmp_path, trained, unit):
     """tiktoken alone panics on a million spaces, and older versions take quadratic time on a
     million letters."""
-    tok = load(write(tmp_path, bpe_file(*trained, "llama3")))
+    tok = load_tokenizer(write(tmp_path, bpe_file(*trained, "llama3")))
     text = (unit * 1_000_000)[:1_000_000]
     start = time.process_time()
     assert tok.decode(tok.encode(text)) == text
@@ -440,7 +439,7 @@ def test_a_million_characters(tmp_path, trained, unit):
 
 def test_long_text_with_breaks_is_not_cut(tmp_path, trained):
     file = bpe_file(*trained, "qwen")
-    tok, reference = load(write(tmp_path, file)), oracle(file)
+    tok, reference = load_tokenizer(write(tmp_path, file)), oracle(file)
     assert_equal(
         tok,
         reference,
@@ -520,7 +519,12 @@ def smol(tmp_path_factory, trained):
     file = without(*trained, MISSING, "digits", added=SPECIALS)
     assert sum(len(token) == 1 for token in file["model"]["vocab"]) == 256 - 21
     folder = write(tmp_path_factory.mktemp("smol"), file)
-    return load(folder), oracle(file), tokenizers.Tokenizer.from_str(json.dumps(file)), file
+    return (
+        load_tokenizer(folder),
+        oracle(file),
+        tokenizers.Tokenizer.from_str(json.dumps(file)),
+        file,
+    )
 
 
 def assert_round_trip(tok, reference, text):
@@ -570,7 +574,7 @@ def test_any_missing_bytes_with_any_pattern(tmp_path, trained, pre):
         if r.random() < 0.5:  # as files converted from tiktoken have them
             listed = all_splits(vocab)
         file = without(vocab, listed, missing, pre, normalizer="NFC" if pre == "qwen" else None)
-        tok, reference = load(write(tmp_path, file)), oracle(file)
+        tok, reference = load_tokenizer(write(tmp_path, file)), oracle(file)
         for text in [*TEXTS, *hostile(100, seed=r.random())]:
             ids = tok.encode(text)
             assert ids == reference.encode(text, add_special_tokens=False).ids, repr(text)
@@ -589,14 +593,16 @@ def test_digits_of_all_scripts_are_cut_out_one_by_one(smol):
 
 def test_missing_bytes_that_are_not_supported(tmp_path, trained):
     file = without(*trained, MISSING, "digits")
-    assert load(write(tmp_path, file)).encode("a\x04") == load(tmp_path).encode("a")
+    assert load_tokenizer(write(tmp_path, file)).encode("a\x04") == load_tokenizer(tmp_path).encode(
+        "a"
+    )
     for key, value in {"unk_token": "a", "ignore_merges": True}.items():
         write(tmp_path, file | {"model": file["model"] | {key: value}})
         with pytest.raises(ValueError, match=f"21 of the 256 byte .* together with {key}"):
-            load(tmp_path)
+            load_tokenizer(tmp_path)
     for printable in (b"e", b" ", b"\n"):
         with pytest.raises(ValueError, match="printable and missing"):
-            load(write(tmp_path, without(*trained, MISSING + printable, "digits")))
+            load_tokenizer(write(tmp_path, without(*trained, MISSING + printable, "digits")))
 
 
 # ---------------------------------------------------------------- decoding
@@ -619,7 +625,7 @@ def test_decode_never_fails_and_inverts_encode(request, name):
 
 
 def test_decode(tmp_path, trained):
-    tok = load(write(tmp_path, bpe_file(*trained, added=SPECIALS)))
+    tok = load_tokenizer(write(tmp_path, bpe_file(*trained, added=SPECIALS)))
     emoji = tok.encode("🦊")
     assert len(emoji) > 1
     assert tok.decode(emoji[:-1]) == "\ufffd" and tok.decode(emoji) == "🦊"
@@ -732,14 +738,14 @@ def test_prompt_of_every_family(tmp_path, trained, family):
     format = family.split(",")[0]
     file = bpe_file(*trained, "qwen", added=added)
     full = tokenizers.Tokenizer.from_str(json.dumps(file))
-    for tok in (load(write(tmp_path, file)), load(tmp_path, format=format)):
+    for tok in (load_tokenizer(write(tmp_path, file)), load_tokenizer(tmp_path, format=format)):
         assert tok.format == format
         assert tok.chat(QUESTION) == rendered(full, text)
         assert (
             tok.chat(QUESTION, system="") == tok.chat(QUESTION, system=None) == rendered(full, bare)
         )
     if format != "base":
-        assert load(tmp_path, format="base").chat(QUESTION) == rendered(
+        assert load_tokenizer(tmp_path, format="base").chat(QUESTION) == rendered(
             full, f"{QUESTION}\n{SYSTEM}\n"
         )
 
@@ -792,7 +798,7 @@ def test_the_templates_own_system_message_where_none_is_given(tmp_path, trained,
         (tmp_path / "chat_template.jinja").write_text(template)
     else:
         (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-    tok = load(write(tmp_path, file, tokenizer_config=config))
+    tok = load_tokenizer(write(tmp_path, file, tokenizer_config=config))
     full = tokenizers.Tokenizer.from_str(json.dumps(file))
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=full, chat_template=template)
 
@@ -804,31 +810,31 @@ def test_the_templates_own_system_message_where_none_is_given(tmp_path, trained,
     assert tok.chat(QUESTION, "") == tok.chat(QUESTION, None) == rendered_ids([("user", QUESTION)])
     assert tok.chat(QUESTION) == rendered_ids([("system", SYSTEM), ("user", QUESTION)])
     assert tok.chat(QUESTION, " ") == rendered_ids([("system", " "), ("user", QUESTION)])
-    assert load(tmp_path, format="base").chat(QUESTION, "") == tok.encode(f"{QUESTION}\n")
+    assert load_tokenizer(tmp_path, format="base").chat(QUESTION, "") == tok.encode(f"{QUESTION}\n")
 
 
 def test_a_template_that_is_none(tmp_path, trained):
     file = bpe_file(*trained, added=SPECIALS)
     others = [{"name": "rag", "template": FIRST}]
     for value in (None, 3, [], [3], [{"name": "default"}], others, {"default": FIRST}):
-        tok = load(write(tmp_path, file, tokenizer_config={"chat_template": value}))
+        tok = load_tokenizer(write(tmp_path, file, tokenizer_config={"chat_template": value}))
         assert tok.format == "chatml" and tok.default_system == ""
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff'<|im_start|>system\n\xff\\x<|im_end|>")
-    assert load(tmp_path).default_system.startswith("\ufffd")
+    assert load_tokenizer(tmp_path).default_system.startswith("\ufffd")
 
 
 def test_chatml_base_folders_get_the_base_format(tmp_path, trained):
     """SmolLM2's base models have the chat tokens, and no template; Qwen's base models have one."""
     file = bpe_file(*trained, added=SPECIALS)
     config = {"eos_token": "<|endoftext|>"}
-    assert load(write(tmp_path, file, tokenizer_config=config)).format == "base"
-    assert load(tmp_path, format="chatml").format == "chatml"
+    assert load_tokenizer(write(tmp_path, file, tokenizer_config=config)).format == "base"
+    assert load_tokenizer(tmp_path, format="chatml").format == "chatml"
     write(tmp_path, file, tokenizer_config=config | {"chat_template": PLAIN})
-    assert load(tmp_path).format == "chatml"
+    assert load_tokenizer(tmp_path).format == "chatml"
 
 
 def test_base_format_adds_the_bos_that_the_folder_adds(shared, tmp_path, trained, llama31):
-    tok = load(shared / "tokenizers" / "llama3", format="base")
+    tok = load_tokenizer(shared / "tokenizers" / "llama3", format="base")
     # the oracle's post-processor puts one in front
     assert tok.chat(QUESTION, system="") == llama31[2].encode(QUESTION + "\n").ids
     assert tok.chat(QUESTION)[:2].count(tok.control["<|begin_of_text|>"]) == 1
@@ -842,27 +848,30 @@ def test_base_format_adds_the_bos_that_the_folder_adds(shared, tmp_path, trained
             "add_bos_token": True,
         },
     )
-    assert load(folder).chat("hi")[0] == load(folder).control["<s>"]
+    assert load_tokenizer(folder).chat("hi")[0] == load_tokenizer(folder).control["<s>"]
     write(
         tmp_path,
         file,
         tokenizer_config={"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": False},
     )
-    assert load(folder).chat("hi", "") == load(folder).encode("hi\n")
+    assert load_tokenizer(folder).chat("hi", "") == load_tokenizer(folder).encode("hi\n")
 
 
 def test_llama3_base_folders_get_the_base_format(tmp_path, trained):
     file = bpe_file(*trained, added=LLAMA30)
     assert (
-        load(write(tmp_path, file, tokenizer_config={"eos_token": "<|end_of_text|>"})).format
+        load_tokenizer(
+            write(tmp_path, file, tokenizer_config={"eos_token": "<|end_of_text|>"})
+        ).format
         == "base"
     )
-    assert load(tmp_path, format="llama3").format == "llama3"
+    assert load_tokenizer(tmp_path, format="llama3").format == "llama3"
     (tmp_path / "chat_template.jinja").write_text("{{ anything }}")
-    assert load(tmp_path).format == "llama3"
+    assert load_tokenizer(tmp_path).format == "llama3"
     (tmp_path / "chat_template.jinja").unlink()
     assert (
-        load(write(tmp_path, file, tokenizer_config={"eos_token": "<|eot_id|>"})).format == "llama3"
+        load_tokenizer(write(tmp_path, file, tokenizer_config={"eos_token": "<|eot_id|>"})).format
+        == "llama3"
     )
 
 
@@ -891,7 +900,9 @@ def test_a_control_token_inside_the_vocabulary_stays_out_of_text(tmp_path, train
         assert oracle(bpe_file(vocab, merges, "none", ignore_merges)).encode("<QZ>").ids == [
             vocab["<QZ>"]
         ]
-        tok = load(write(tmp_path, bpe_file(vocab, merges, "none", ignore_merges, added=("<QZ>",))))
+        tok = load_tokenizer(
+            write(tmp_path, bpe_file(vocab, merges, "none", ignore_merges, added=("<QZ>",)))
+        )
         assert tok.control == {"<QZ>": vocab["<QZ>"]} and tok.encode("<QZ>") == [
             vocab["<QZ"],
             vocab[">"],
@@ -909,18 +920,20 @@ def test_stop_ids_of_the_full_size_tokenizers(qwen3, llama31):
 def test_stop_ids_are_the_union_of_what_the_files_say(tmp_path, trained):
     file = bpe_file(*trained, added=("</s>", "<stop>", "<other>"))
     first = len(trained[0])
-    assert load(write(tmp_path, file)).stop_ids == ()
-    assert load(write(tmp_path, file, tokenizer_config={"eos_token": "</s>"})).stop_ids == (first,)
-    assert load(
+    assert load_tokenizer(write(tmp_path, file)).stop_ids == ()
+    assert load_tokenizer(
+        write(tmp_path, file, tokenizer_config={"eos_token": "</s>"})
+    ).stop_ids == (first,)
+    assert load_tokenizer(
         write(tmp_path, file, generation_config={"eos_token_id": [first + 2, 5]})
     ).stop_ids == (5, first, first + 2)
-    assert load(write(tmp_path, file, config={"eos_token_id": first + 1})).stop_ids == (
+    assert load_tokenizer(write(tmp_path, file, config={"eos_token_id": first + 1})).stop_ids == (
         5,
         first,
         first + 1,
         first + 2,
     )
-    assert load(
+    assert load_tokenizer(
         write(
             tmp_path, file, config={"eos_token_id": 10**6}, generation_config={"eos_token_id": None}
         )
@@ -928,7 +941,7 @@ def test_stop_ids_are_the_union_of_what_the_files_say(tmp_path, trained):
 
 
 def test_stop_ids_of_the_family(tmp_path, trained):
-    tok = load(write(tmp_path, bpe_file(*trained, added=SPECIALS)))
+    tok = load_tokenizer(write(tmp_path, bpe_file(*trained, added=SPECIALS)))
     assert tok.stop_ids == (tok.control["<|endoftext|>"], tok.control["<|im_end|>"])
 
 
@@ -941,7 +954,7 @@ def test_byte_tokenizer_without_merges(tmp_path):
     vocab = {letter: i + 3 for i, letter in enumerate(random.Random(0).sample(LETTERS, 256))}
     file = bpe_file(vocab, [], added=("<|endoftext|>",))
     file["added_tokens"][0]["id"] = 1
-    tok = load(write(tmp_path, file))
+    tok = load_tokenizer(write(tmp_path, file))
     assert tok.format == "base" and tok.stop_ids == (1,) and tok.n_vocab == 259
     for text in TEXTS:
         assert_equal(tok, oracle(file), text)
@@ -1004,9 +1017,9 @@ BROKEN = {  # part of the message: what is wrong
 
 @pytest.mark.parametrize("says", BROKEN)
 def test_what_is_not_supported_is_one_clear_line(tmp_path, says):
-    assert load(write(tmp_path, broken(lambda file: None))).encode("abc") == [257]
+    assert load_tokenizer(write(tmp_path, broken(lambda file: None))).encode("abc") == [257]
     with pytest.raises(ValueError) as e:
-        load(write(tmp_path, broken(BROKEN[says])))
+        load_tokenizer(write(tmp_path, broken(BROKEN[says])))
     message = str(e.value).replace(str(tmp_path), "FOLDER")
     assert (
         says in message
@@ -1018,14 +1031,17 @@ def test_what_is_not_supported_is_one_clear_line(tmp_path, says):
 
 def test_two_byte_tokens_without_merge_are_refused_with_ignore_merges(tmp_path):
     file = broken(at("model/merges", []))
-    assert load(write(tmp_path, file)).encode("ab") == [LETTERS.index("a"), LETTERS.index("b")]
+    assert load_tokenizer(write(tmp_path, file)).encode("ab") == [
+        LETTERS.index("a"),
+        LETTERS.index("b"),
+    ]
     with pytest.raises(ValueError, match="token of two bytes has no merge"):
-        load(write(tmp_path, file | {"model": file["model"] | {"ignore_merges": True}}))
+        load_tokenizer(write(tmp_path, file | {"model": file["model"] | {"ignore_merges": True}}))
 
 
 def test_files_that_are_none(tmp_path, trained):
     with pytest.raises(FileNotFoundError, match="has no tokenizer.json"):
-        load(tmp_path / "nowhere")
+        load_tokenizer(tmp_path / "nowhere")
     contents = {
         b"{": "is not JSON",
         b"\xff\xfe": "is not JSON",
@@ -1036,22 +1052,22 @@ def test_files_that_are_none(tmp_path, trained):
     for content, says in contents.items():
         (tmp_path / "tokenizer.json").write_bytes(content)
         with pytest.raises(ValueError, match=says) as e:
-            load(tmp_path)
+            load_tokenizer(tmp_path)
         assert "\n" not in str(e.value)
     with (tmp_path / "tokenizer.json").open("wb") as f:
         f.truncate(tokenizer.MAX_FILE + 1)  # sparse: takes no disk
     with pytest.raises(ValueError, match="more than 64 MB"):
-        load(tmp_path)
+        load_tokenizer(tmp_path)
     write(tmp_path, bpe_file(*trained), generation_config={"eos_token_id": [["x"]]})
     with pytest.raises(ValueError, match="eos_token_id is"):
-        load(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def test_a_format_without_its_tokens_is_refused(tmp_path, trained):
     write(tmp_path, bpe_file(*trained, added=SPECIALS))
     for format in ("llama3", "nonsense"):
         with pytest.raises(ValueError, match=f"'{format}': choose one of auto, chatml, base"):
-            load(tmp_path, format=format)
+            load_tokenizer(tmp_path, format=format)
 
 
 def test_patterns_are_the_families_own(qwen3, llama31):
@@ -1070,7 +1086,9 @@ def test_smollm2_presets():
         for kind in ("", "-instruct"):
             name = f"smollm2-{size}{kind}"
             assert HUB[name] == f"HuggingFaceTB/SmolLM2-{size.upper()}{kind.title()}"
-            assert sum(p.numel() for p in bench.meta(bench.shape(name)).parameters()) == count
+            assert (
+                sum(p.numel() for p in bench.meta(bench.preset_config(name)).parameters()) == count
+            )
 
 
 @pytest.fixture(scope="module")
@@ -1108,7 +1126,7 @@ def strings(value):
 @pytest.mark.slow
 def test_smollm2_equals_tokenizers_on_the_problem_sets_and_hostile_texts(smollm2, shared):
     file = json.loads((smollm2 / "tokenizer.json").read_text())
-    tok, reference = load(smollm2), oracle(file)
+    tok, reference = load_tokenizer(smollm2), oracle(file)
     assert len(tok.missing) == 21 and tok.n_vocab == 49152 and tok.stop_ids == (0, 2)
     tables = [pyarrow.parquet.read_table(path) for path in (shared / "data").glob("*.parquet")]
     texts = {text for table in tables for text in strings(table.to_pylist())}
@@ -1136,7 +1154,7 @@ QUESTIONS = [
 @pytest.mark.slow
 def test_smollm2_prompts_equal_its_own_template(smollm2):
     transformers = pytest.importorskip("transformers")
-    theirs, tok = transformers.AutoTokenizer.from_pretrained(smollm2), load(smollm2)
+    theirs, tok = transformers.AutoTokenizer.from_pretrained(smollm2), load_tokenizer(smollm2)
     assert tok.default_system == SMOL
     for question in QUESTIONS:
         user = {"role": "user", "content": question}
@@ -1152,9 +1170,9 @@ def test_smollm2_prompts_equal_its_own_template(smollm2):
 def test_smollm2_greedy_tokens_and_logprobs_equal_transformers(smollm2):
     """Ragged prompts through two slots, so that slots are refilled."""
     transformers = pytest.importorskip("transformers")
-    ours, tok = load_model(smollm2), load(smollm2)
+    ours, tok = load_model(smollm2), load_tokenizer(smollm2)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
-    assert ours.config == bench.shape("smollm2-135m-instruct")
+    assert ours.config == bench.preset_config("smollm2-135m-instruct")
     systems = (None, "", SYSTEM, None, "Be brief.")
     prompts = [tok.chat(q, system) for q, system in zip(QUESTIONS, systems, strict=True)]
     sampler = Sampler(ours, slots=2, max_len=256)

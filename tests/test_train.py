@@ -20,7 +20,7 @@ import train
 from model import Config, Transformer
 from plumbing import checkpoint
 from plumbing.cli import guarded
-from plumbing.hub import load, save
+from plumbing.hub import load_model, save_model
 from verify import Verdict
 
 ROOT = Path(train.__file__).parent
@@ -30,7 +30,7 @@ CONFIG = Config("qwen3", 260, 16, 3, 2, 1, 8, 32, tied=True, max_len=256)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    save(Transformer(CONFIG).init_weights(0, 0.3), folder)
+    save_model(Transformer(CONFIG).init_weights(0, 0.3), folder)
     tiny.write_tokenizer(folder)
     write_problems(folder)
     return folder
@@ -92,7 +92,7 @@ def rows(out, name="metrics.jsonl"):
 
 
 def weights(folder):
-    return load(folder).state_dict()
+    return load_model(folder).state_dict()
 
 
 def same(a, b):
@@ -154,7 +154,7 @@ def test_checkpoints_load_in_transformers(finished):
     from transformers import AutoModelForCausalLM
 
     last, ids = finished / "step_000004", torch.arange(20)[None]
-    theirs, ours = AutoModelForCausalLM.from_pretrained(last), load(last)
+    theirs, ours = AutoModelForCausalLM.from_pretrained(last), load_model(last)
     with torch.no_grad():
         assert (theirs(ids).logits - ours.unembed(ours(ids))).abs().max() < 1e-5
 
@@ -428,8 +428,8 @@ def test_deviations_of_rewards_by_hand():
 # What a flag is set to, where it must arrive and as which argument. Values that no default and no
 # other flag has
 ARRIVES = [
-    ("model", None, "load", "name_or_folder"),
-    ("dtype", torch.bfloat16, "load", "dtype"),
+    ("model", None, "load_model", "name_or_folder"),
+    ("dtype", torch.bfloat16, "load_model", "dtype"),
     ("prompts", 5, "batch", "batch_size"),
     ("seed", 4, "batch", "seed"),
     ("max-prompt-tokens", 41, "encode_prompts", "max_prompt_tokens"),
@@ -491,7 +491,7 @@ def arrived(folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(evaluation, "judge", coin)
         for name in (
-            "load",
+            "load_model",
             "batch",
             "encode_prompts",
             "Sampler",
@@ -505,7 +505,7 @@ def arrived(folder, tmp_path_factory):
             "SplitAdamW",
         ):
             spy(m, train, name)
-        spy(m, train.tokenizers, "load", "tokenizer")
+        spy(m, train.tokenizers, "load_tokenizer", "tokenizer")
         spy(m, train.checkpoint, "save")
         counted = train.reward
         m.setattr(train, "reward", lambda a, args: 0 * counted(a, args) + float(a.verdict.correct))

@@ -34,11 +34,11 @@ from decompose import measure, pick
 from grpo import Response, collate, micro_batches, token_logprobs
 from model import Config, Transformer
 from plumbing.cli import guarded, natural, pick_device
-from plumbing.hub import HUB, TOKENIZER_FILES, hf_config, hf_tensors, save
+from plumbing.hub import HUB, TOKENIZER_FILES, hf_config, hf_tensors, save_model
 from plumbing.kernels import compile_blocks
 from plumbing.optimizer import SplitAdamW, bytes_per_parameter
-from plumbing.shapes import SHAPES, shape
-from plumbing.tokenizer import load as load_tokenizer
+from plumbing.shapes import SHAPES, preset_config
+from plumbing.tokenizer import load_tokenizer
 from rollout import Sampler
 from tools import bench_gpu
 
@@ -46,7 +46,7 @@ from tools import bench_gpu
 def init(args):
     """Write a folder of random weights that loads like a download. A folder that holds anything is
     left alone."""
-    config = shape(args.like)
+    config = preset_config(args.like)
     if args.layers:
         config.n_layers = args.layers
     out = Path(args.out or f"out/random-{args.like}-{config.n_layers}")
@@ -68,7 +68,7 @@ def init(args):
         )
     model = empty(config, torch.bfloat16, "cpu").init_weights(args.seed)
     try:
-        save(model, out, tokenizer_from=args.tokenizer)
+        save_model(model, out, tokenizer_from=args.tokenizer)
     except BaseException:  # half a model would be refused above the next time
         shutil.rmtree(out, ignore_errors=True)
         raise
@@ -104,7 +104,7 @@ def empty(config, dtype, device):
 def build(args):
     """A model of the shape asked for, random weights. Returns model, device, bytes of an
     element."""
-    config, device = shape(args.like), torch.device(pick_device(args.device))
+    config, device = preset_config(args.like), torch.device(pick_device(args.device))
     if args.layers:
         config.n_layers = args.layers
     if args.compile is None:
@@ -516,7 +516,7 @@ def step(args):
 def logprobs(args):
     """token_logprobs against full logits and autograd: time of forward and backward, and memory
     beside h, E and their gradients."""
-    config, device = shape(args.like), torch.device(pick_device(args.device))
+    config, device = preset_config(args.like), torch.device(pick_device(args.device))
     g = torch.Generator(device).manual_seed(args.seed)
     V, D = config.vocab_size, config.d_model
     h, E = (
@@ -692,7 +692,7 @@ def optimizer(args):
 def lens(args):
     """decompose.measure against hooks that keep every state and unembed the input and the output of
     each block, as the reference does."""
-    config, device = shape(args.like), torch.device(pick_device(args.device))
+    config, device = preset_config(args.like), torch.device(pick_device(args.device))
     config.n_layers = args.layers or 4
     model = empty(config, torch.float32, device).init_weights(args.seed)
     ids = torch.tensor(random_prompts(config, [args.tokens + 1], args.seed)[0])

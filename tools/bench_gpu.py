@@ -31,7 +31,7 @@ from bupo import backward, forward_flops, stored_logprobs
 from grpo import Response
 from model import Config, Transformer
 from plumbing.cli import natural
-from plumbing.hub import save
+from plumbing.hub import save_model
 from plumbing.kernels import compile_blocks, flash, has_flash
 from plumbing.optimizer import SplitAdamW
 from plumbing.rows import one_line
@@ -415,7 +415,7 @@ def small_run(device, more):
         tiny.write_tokenizer(model)
         weights = Transformer(tiny.CONFIG).init_weights(0, 0.05)
         weights.embed.weight.data[tiny.END] *= 4  # so that about half of the responses end
-        save(weights, model, tokenizer_from=model)
+        save_model(weights, model, tokenizer_from=model)
         flags = {"data": "tiny", "system": "", "bupo-layer": 3, "bupo-steps": 1, "steps": 2}
         flags |= {"prompts": 2, "group": 8, "mini-prompts": 1, "slots": 16, "lr": 1e-4}
         flags |= {"max-prompt-tokens": 32, "max-new-tokens": 48}

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from plumbing.rows import parsed, read_rows
+from plumbing.rows import parse_json, read_rows
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")
@@ -204,7 +204,7 @@ def model_of(run):
     """The model that a run folder's config.json says it trains, a name or a path; None without."""
     path = Path(run) / "config.json"
     try:
-        config = parsed(path.read_bytes()) if path.is_file() else None
+        config = parse_json(path.read_bytes()) if path.is_file() else None
     except OSError:
         return None
     model = config.get("model") if isinstance(config, dict) else None

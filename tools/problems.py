@@ -216,7 +216,7 @@ def main():
     if args.tokenizer:
         from plumbing import tokenizer
 
-        chat = tokenizer.load(args.tokenizer).chat
+        chat = tokenizer.load_tokenizer(args.tokenizer).chat
         count = lambda question: len(chat(question))  # noqa: E731
     problems, report = read(args.data, args.limit, args.difficulty, args.revision)
     failed = 0
