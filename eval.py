@@ -26,22 +26,22 @@ import os
 import shutil
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+import verify
 from decompose import folder_name
 from plumbing import checkpoint, download, parallel
 from plumbing import tokenizer as tokenizers
 from plumbing.cli import guarded, natural, pick_device
-from plumbing.data import DataError, Problem, fingerprint, load_problems
+from plumbing.data import DataError, fingerprint, load_problems
 from plumbing.hub import load_model, read_config, resolve
 from plumbing.rows import parse_json, printable, read_json
 from plumbing.tokenizer import SYSTEM
-from rollout import Sample, Sampler
+from rollout import Sampler
 from tools.plot import number
-from verify import Verdict, grade, hendrycks
+from verify import Verdict
 
 # ----------------------------------------------------------------------------------------------
 # scores
@@ -105,33 +105,6 @@ def line_of(name, score) -> str:
 # sampling and grading; train.py does it with these functions too
 
 
-@dataclass
-class Answered:
-    """A problem's prompt, one sampled response to it and the verdict: one record, so that they
-    cannot be mispaired."""
-
-    problem: Problem
-    prompt: list[int]
-    sample: Sample
-    text: str  # the response decoded, without its stop token
-    verdict: Verdict
-
-    def row(self, **extra) -> dict:
-        """The line of samples.jsonl."""
-        return {
-            **extra,
-            "question": self.problem.question,
-            "answer": self.problem.answer,
-            "response": self.text,
-            "extracted": self.verdict.extracted,
-            "reward": float(self.verdict.correct),
-            "reason": self.verdict.reason,
-            "finish_reason": "stop" if self.sample.stopped else "length",
-            "prompt_ids": self.prompt,
-            "ids": self.sample.ids,
-        }
-
-
 def encode_prompts(tokenizer, problems, max_prompt_tokens, system=SYSTEM, thinking=False):
     """(problem, prompt ids) of every problem whose prompt fits, and how many did not: a prompt is
     dropped, never cut."""
@@ -144,45 +117,35 @@ def encode_prompts(tokenizer, problems, max_prompt_tokens, system=SYSTEM, thinki
     return kept, len(pairs) - len(kept)
 
 
-def answer(
-    sampler,
-    tokenizer,
-    prompts,
-    n,
-    max_new_tokens,
-    temperature=1.0,
-    seed=0,
-    verifier="nanobupo",
-    progress=None,
-    first=0,
-):
-    """Sample n responses to each (problem, prompt ids) of this rank's share and grade them: a list
-    of n Answered for each, in order. first: the index that names the first prompt's noise."""
-    mine, out = parallel.local_slice(len(prompts)), []
-    groups = sampler.generate(
-        [ids for _, ids in prompts[mine]],
-        n,
-        max_new_tokens,
-        temperature,
-        tokenizer.stop_ids,
-        seed,
-        n_vocab=min(tokenizer.n_vocab, sampler.model.config.vocab_size),
-        progress=None if parallel.rank() else progress,
-        first=first + mine.start,
-    )
-    for (problem, ids), samples in zip(prompts[mine], groups, strict=True):
-        texts = [tokenizer.decode(s.ids[:-1] if s.stopped else s.ids) for s in samples]
-        verdicts = [judge(text, problem.answer, verifier) for text in texts]
-        graded = zip(samples, texts, verdicts, strict=True)
-        out.append([Answered(problem, ids, *rest) for rest in graded])
-    return out
+def grade(response, problem, tokenizer, verifier="nanobupo"):
+    """Decode a response to a problem and judge it."""
+    ids = response.ids[:-1] if response.stopped else response.ids
+    response.problem, response.text = problem, tokenizer.decode(ids)
+    response.verdict = judge(response.text, problem.answer, verifier)
 
 
 def judge(text, gold, verifier) -> Verdict:
     if verifier == "nanobupo":
-        return grade(text, gold)
-    correct = hendrycks(text, gold)
+        return verify.grade(text, gold)
+    correct = verify.hendrycks(text, gold)
     return Verdict(correct, None, "equal: hendrycks" if correct else "different")
+
+
+def sample_row(response, **extra) -> dict:
+    """The line of samples.jsonl."""
+    verdict = response.verdict
+    return {
+        **extra,
+        "question": response.problem.question,
+        "answer": response.problem.answer,
+        "response": response.text,
+        "extracted": verdict.extracted,
+        "reward": float(verdict.correct),
+        "reason": verdict.reason,
+        "finish_reason": "stop" if response.stopped else "length",
+        "prompt_ids": response.prompt,
+        "ids": response.ids,
+    }
 
 
 # ----------------------------------------------------------------------------------------------
@@ -509,22 +472,27 @@ def evaluate(sampler, tokenizer, name, prompts, args, part):
     at_once = max(1, ROUNDS * sampler.slots * parallel.world() // args.samples)
     while len(groups) < len(prompts):
         first = len(groups)
-        answered = answer(
-            sampler,
-            tokenizer,
-            prompts[first : first + at_once],
+        some = prompts[first : first + at_once]
+        local = parallel.local_slice(len(some))
+        responses = sampler.generate(
+            [ids for _, ids in some[local]],
             args.samples,
             args.max_new_tokens,
             args.temperature,
+            tokenizer.stop_ids,
             args.seed,
-            args.verifier,
+            n_vocab=min(tokenizer.n_vocab, sampler.model.config.vocab_size),
             progress=f"{name}, from question {first + 1} of {len(prompts)}",
-            first=first,
+            first=first + local.start,
         )
         new = []
-        for group in parallel.all_gather(answered):
-            about = [dict(set=name, id=a.problem.id, sample=k) for k, a in enumerate(group)]
-            new.append([a.row(**extra) for a, extra in zip(group, about, strict=True)])
+        for group, (problem, _) in zip(responses, some[local], strict=True):
+            rows = []
+            for k, response in enumerate(group):
+                grade(response, problem, tokenizer, args.verifier)
+                rows.append(sample_row(response, set=name, id=problem.id, sample=k))
+            new.append(rows)
+        new = parallel.all_gather(new)
         parallel.on_rank_0(keep, part, new)
         if not first:
             prompt = tokenizer.decode(new[0][0]["prompt_ids"])

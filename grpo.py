@@ -1,4 +1,4 @@
-"""GRPO: group advantages, token log-probs that never hold [tokens, V], the clipped surrogate loss.
+"""GRPO: how a policy learns from graded responses. Advantages, log-probs, loss, batches, gradient.
 
     advantage   A_i = (r_i - mean(r)) / (std(r) + 1e-6)      over the G responses of one prompt
     ratio       rho_t = pi(o_t) / pi_old(o_t)
@@ -6,8 +6,8 @@
                 N = response tokens of the whole mini-batch
 
 GRPO is arXiv 2402.03300, the token mean and the asymmetric clip arXiv 2503.14476 (DAPO), the dual
-clip arXiv 1912.09729. Nothing here knows which policy the log-probs come from: that of the model,
-or that of an internal layer (bupo.py).
+clip arXiv 1912.09729. Which policy it is that learns is one class, `Policy`: here that of the
+model, in bupo.py that of an internal layer.
 
 The value of the loss says nothing, its gradient does. While the ratio is 1 the token mean is -
 sum_i len_i A_i / sum_i len_i over the responses i of a mini-batch: 0 only where length does not go
@@ -15,13 +15,16 @@ with reward. Watch the reward.
 """
 
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from model import packed, project
-from plumbing.kernels import add_mm32, half
+from model import Transformer, packed, project
+from plumbing import kernels, parallel
+from rollout import Response
+
+# --------------------------------------------------------------------------------------------------
+# rewards -> advantages
 
 
 def group_advantages(rewards: torch.Tensor, kind="grpo", eps=1e-6) -> torch.Tensor:
@@ -42,15 +45,14 @@ def group_advantages(rewards: torch.Tensor, kind="grpo", eps=1e-6) -> torch.Tens
         )
     if kind == "reinforce++":
         return group_advantages(rewards.reshape(1, -1), "grpo", eps).view_as(rewards)
-    centred, G = rewards - rewards.mean(1, keepdim=True), rewards.shape[1]
-    scales = {
-        "grpo": 1 / (rewards.std(1, keepdim=True) + eps),
-        "dr_grpo": 1.0,
-        "rloo": G / (G - 1),
-    }
-    return (centred * scales[kind]).masked_fill(
-        (rewards == rewards[:, :1]).all(1, keepdim=True), 0.0
-    )
+    G = rewards.shape[1]
+    advantages = rewards - rewards.mean(1, keepdim=True)
+    if kind == "grpo":
+        advantages *= 1 / (rewards.std(1, keepdim=True) + eps)
+    elif kind == "rloo":
+        advantages *= G / (G - 1)
+    equal = (rewards == rewards[:, :1]).all(1, keepdim=True)
+    return advantages.masked_fill(equal, 0.0)
 
 
 def overlong_penalty(length: int, limit: int, buffer: int) -> float:
@@ -59,156 +61,8 @@ def overlong_penalty(length: int, limit: int, buffer: int) -> float:
     return min(0.0, max(-1.0, (limit - buffer - length) / buffer))
 
 
-# the logit of an id that is no token: its probability is 0, and 0 times it is a number
-NOWHERE = -1e30
-
-
-def _rows(E, n_vocab):
-    """The rows of E_u whose logits are computed. In half precision all of them, for fast kernels
-    refuse an odd number such as the 151,669 tokens of Qwen3; `_logits` masks the rest."""
-    return E if half(E.dtype) else E[:n_vocab]
-
-
-def _logits(h, E, temperature, n_vocab):
-    """float32 logits / T of the rows of E, those from n_vocab on masked."""
-    z = project(h, E)
-    z[:, n_vocab:] = NOWHERE
-    return z if temperature == 1 else z.div_(temperature)
-
-
-class _TokenLogprobs(torch.autograd.Function):
-    """Logits of one chunk at a time, forward and again backward: peak memory is a chunk, not [M,V],
-    for a third more head FLOPs."""
-
-    @staticmethod
-    def forward(ctx, h, E, targets, temperature, n_vocab, chunk):
-        logp, entropy, lse = (torch.empty(len(h), device=h.device) for _ in range(3))
-        rows = _rows(E, n_vocab)
-        for i in range(0, len(h), chunk):
-            part = slice(i, i + chunk)
-            # [chunk, V] float32
-            z = _logits(h[part], rows, temperature, n_vocab)
-            top = z.amax(-1, keepdim=True)
-            own = (z.gather(1, targets[part, None]) - top)[:, 0]
-            e = z.sub_(top).exp()
-            total = e.sum(-1)
-            lse[part] = top[:, 0] + total.log()
-            logp[part] = own - total.log()
-            # - sum p ln p, nothing large subtracted
-            entropy[part] = total.log() - e.mul_(z).sum(-1) / total
-            # before the next chunk takes its memory
-            del z, e
-        ctx.save_for_backward(h, E, targets, lse)
-        ctx.rest = temperature, n_vocab, chunk
-        ctx.mark_non_differentiable(entropy)
-        return logp, entropy
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        h, E, targets, lse = ctx.saved_tensors
-        temperature, n_vocab, chunk = ctx.rest
-        dh = torch.empty_like(h)
-        rows = _rows(E, n_vocab)
-        # float32 for half-precision weights too, see model.mm32
-        dE = torch.zeros_like(E, dtype=torch.float32)
-        for i in range(0, len(h), chunk):
-            part = slice(i, i + chunk)
-            slope = grad[part, None] / temperature
-            dz = _logits(h[part], rows, temperature, n_vocab)
-            # - softmax
-            dz.sub_(lse[part, None]).exp_().mul_(-slope)
-            # + one-hot
-            dz.scatter_add_(1, targets[part, None], slope)
-            dz = dz.to(E.dtype)
-            dh[part] = dz @ rows
-            add_mm32(dE[: len(rows)], dz.t(), h[part])
-            del dz
-        return dh, dE, None, None, None, None
-
-
-def token_logprobs(h, unembedding, targets, temperature=1.0, n_vocab=None, chunk=256):
-    """log softmax(h E_u^T / T)[target] and the entropy of that softmax, without ever holding [M,V].
-
-    h            [M,D] states at the positions that produced the targets, selected (and at layer L
-                 normed) by the caller
-    unembedding  [V,D]
-    targets      [M] token ids
-    temperature  divides the logits, as in sampling
-    n_vocab      rows from here on belong to no token and are left out of the softmax, as in
-                 sampling; None keeps all V
-    chunk        rows of logits held at once: chunk * V * 4 bytes, twice
-    returns      (logprobs [M], entropy [M]), float32, in nats; the entropy carries no gradient
-    """
-    return _TokenLogprobs.apply(
-        h, unembedding, targets, temperature, n_vocab or len(unembedding), chunk
-    )
-
-
-def policy_loss(logprobs, old_logprobs, advantages, clip_low=0.2, clip_high=0.2, dual_clip=10.0):
-    """The clipped surrogate, one value a token (a loss: minimise it): -min(rho A, clip(rho, 1 -
-    low, 1 + high) A).
-
-    logprobs, old_logprobs, advantages   [M], the advantage of a token being that of its response
-    dual_clip    for A < 0 the loss is also at most dual_clip * |A|: no token whose ratio exploded
-                 owns the step; None: off
-    returns      (loss [M], low [M], high [M]): low and high mark the tokens the clip has silenced
-                 below and above
-    The log-ratio is held within +-20, so that exp never overflows.
-    """
-    ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()
-    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
-    loss = torch.maximum(plain, clipped)
-    if dual_clip is not None:
-        loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
-    silenced = clipped > plain
-    return loss, silenced & (advantages < 0), silenced & (advantages > 0)
-
-
-def kl_to_reference(logprobs, reference):
-    """The k3 estimate of KL(pi || pi_ref) at sampled tokens, nats: exp(d) - 1 - d with d = log
-    pi_ref - log pi; never negative.
-
-    Schulman's "Approximating KL divergence". As in the reference the estimate is at most 10, where
-    its gradient ends: no token pulls with more than exp(2.6) - 1 = 12.5.
-    """
-    d = (reference - logprobs).clamp(-20, 20)
-    # expm1: exp(d) - 1 would round a small d's estimate below 0
-    return (d.expm1() - d).clamp(max=10)
-
-
-def response_weights(lengths: list[int], kind="token-mean", limit=None) -> list[float]:
-    """Weight of each token of each response in the loss of a mini-batch of R responses with these
-    many tokens.
-
-    token-mean  1 / sum(lengths): every token counts the same (DAPO, arXiv 2503.14476)
-    seq-mean    1 / (R length): every response counts the same, tokens of long ones less (GRPO as
-                published, arXiv 2402.03300)
-    dr_grpo     1 / (R limit), a constant: no length decides what a token counts (arXiv 2503.20783)
-    """
-    R = len(lengths)
-    if kind == "token-mean":
-        return [1 / max(sum(lengths), 1)] * R
-    return [1 / (R * (limit if kind == "dr_grpo" else max(n, 1))) for n in lengths]
-
-
 # --------------------------------------------------------------------------------------------------
-# batches
-
-
-@dataclass
-class Response:
-    """One sampled response and all that belongs to it, in one record, so that no reward ever meets
-    another prompt's tokens."""
-
-    prompt: list[int]  # token ids
-    # response token ids as sampled, the stop token included: it is trained like any other
-    ids: list[int]
-    sampler_logprobs: list[float]  # of the model's own policy, when sampled
-    advantage: float = 0.0
-    # [len(ids)], of the policy that is trained, before the step's first update
-    old_logprobs: torch.Tensor | None = None
-    # [len(ids)], of the same layer's policy of the frozen reference, with a KL term only
-    ref_logprobs: torch.Tensor | None = None
+# responses -> batches
 
 
 @dataclass
@@ -223,38 +77,36 @@ class Batch:
     targets: torch.Tensor  # [M] the response tokens
     advantages: torch.Tensor  # [M]
     lengths: list[int]  # response tokens of each row, sum = M
-    # what Transformer.forward needs beside the ids: nothing, or of packed ones `pos` and `attend`
+    # what Transformer.forward needs beside the ids: nothing, or of packed ones position and attend
     forward: dict
 
 
 def collate(responses: list[Response], device="cpu", pack=False) -> Batch:
     """Pad or pack responses to one Batch. Positions come from lengths, never from comparing ids, so
     a stop or pad id in the text is harmless."""
-    rows, lengths = (
-        [torch.tensor(r.prompt + r.ids) for r in responses],
-        [len(r.ids) for r in responses],
-    )
+    rows = [torch.tensor(r.prompt + r.ids) for r in responses]
+    lengths = [len(r.ids) for r in responses]
     ids = torch.cat(rows) if pack else pad_sequence(rows, batch_first=True)
-    # of the rows, in all positions
-    starts = [0, *accumulate(map(len, rows[:-1]))] if pack else range(0, ids.numel(), ids.shape[1])
-    at = torch.cat(
-        [
-            torch.arange(n) + start + len(r.prompt) - 1
-            for r, n, start in zip(responses, lengths, starts, strict=True)
-        ]
-    )
-    advantages = torch.tensor([r.advantage for r in responses]).repeat_interleave(
-        torch.tensor(lengths)
-    )
+    at, start = [], 0  # start: of a row, in all positions
+    for r, row in zip(responses, rows, strict=True):
+        first = start + len(r.prompt) - 1
+        at.append(torch.arange(first, first + len(r.ids)))
+        start += len(row) if pack else ids.shape[1]
+    at = torch.cat(at)
+    targets = ids.flatten()[at + 1]
+    advantages = per_token([r.advantage for r in responses], lengths)
     forward = {}
     if pack:
-        forward = {
-            "position": torch.cat([torch.arange(len(row)) for row in rows]).to(device),
-            "attend": packed([*map(len, rows)], device),
-        }
-    return Batch(
-        *(t.to(device) for t in (ids, at, ids.flatten()[at + 1], advantages)), lengths, forward
-    )
+        position = torch.cat([torch.arange(len(row)) for row in rows])
+        forward["position"] = position.to(device)
+        forward["attend"] = packed([len(row) for row in rows], device)
+    tensors = [t.to(device) for t in (ids, at, targets, advantages)]
+    return Batch(*tensors, lengths, forward)
+
+
+def per_token(values: list[float], lengths: list[int]) -> torch.Tensor:
+    """[M]: the value of each response, at each of its tokens."""
+    return torch.tensor(values).repeat_interleave(torch.tensor(lengths))
 
 
 def micro_batches(responses: list[Response], max_tokens: int, pack=False) -> list[list[Response]]:
@@ -262,13 +114,276 @@ def micro_batches(responses: list[Response], max_tokens: int, pack=False) -> lis
     packed; longest first, so that padding is small and an out-of-memory shows at the first one. A
     response longer than max_tokens gets a list of its own."""
     out, room = [], 0
-    for r in sorted(responses, key=lambda r: -(len(r.prompt) + len(r.ids))):
-        n = len(r.prompt) + len(r.ids)
+    for r in sorted(responses, key=lambda r: -r.total_length):
         if pack or not out:
-            size = n  # padded: as wide as the first of its list
+            size = r.total_length  # padded: as wide as the first of its list
         if size > room:
             out.append([])
-            size, room = n, max_tokens
+            size, room = r.total_length, max_tokens
         out[-1].append(r)
         room -= size
     return out
+
+
+# what a rank runs while others still have micro-batches: see parallel.in_step
+IDLE = [Response(prompt=[0], ids=[0], logprobs=[0.0])]
+
+
+def batches(model, responses, max_tokens, pack=None):
+    """(responses, their Batch) for every micro-batch of this rank; (None, a batch to keep in step
+    with) while others have more.
+
+    pack  sequences end to end, or padded; None: packed where there is a kernel that keeps them
+          apart
+    """
+    E = model.unembedding
+    if pack is None:
+        pack = kernels.has_flash(E.device, E.dtype, model.config.head_dim)
+    for micro in parallel.in_step(micro_batches(responses, max_tokens, pack)):
+        yield micro, collate(micro or IDLE, E.device, pack)
+
+
+# --------------------------------------------------------------------------------------------------
+# log-probs
+
+
+def plain_token_logprobs(h, unembedding, targets, temperature=1.0, n_vocab=None):
+    """What `token_logprobs` computes, as one would write it down: [M,V] logits and their gradient
+    are held, 5 GB each for 8,192 tokens of a vocabulary of 150,000."""
+    logprobs = (project(h, unembedding[:n_vocab]) / temperature).log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(1, targets[:, None])[:, 0], entropy.detach()
+
+
+def token_logprobs(
+    h,  # [M,D] states, after the final norm if the policy has one
+    unembedding,  # E_u [V,D]
+    targets,  # [M] token ids
+    temperature=1.0,
+    n_vocab=None,  # ids from here on are no tokens and get no probability, as in sampling
+    chunk=256,  # rows of logits held at once: chunk * V * 4 bytes, twice
+):
+    """Log-probs [M] of target tokens, and the entropy [M] of the policy softmax(h E_u^T / T) they
+    come from, float32, in nats, without [M,V]. The entropy carries no gradient."""
+    n_vocab = n_vocab or len(unembedding)
+    return _TokenLogprobs.apply(h, unembedding, targets, temperature, n_vocab, chunk)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Logits of one chunk at a time, forward and again backward: peak memory is a chunk, not [M,V],
+    for a third more head FLOPs."""
+
+    @staticmethod
+    def forward(ctx, h, E, targets, temperature, n_vocab, chunk):
+        logp = torch.empty(len(h), device=h.device)
+        entropy, lse = torch.empty_like(logp), torch.empty_like(logp)
+        rows = _rows(E, n_vocab)
+        for i in range(0, len(h), chunk):
+            part = slice(i, i + chunk)
+            z = _logits(h[part], rows, temperature, n_vocab)  # [chunk, V] float32
+            top = z.amax(-1, keepdim=True)
+            z -= top
+            own = z.gather(1, targets[part, None])[:, 0]
+            e = z.exp()
+            total = e.sum(-1)
+            lse[part] = top[:, 0] + total.log()
+            logp[part] = own - total.log()
+            e *= z
+            entropy[part] = (
+                total.log() - e.sum(-1) / total
+            )  # - sum p ln p, nothing large subtracted
+            del z, e  # before the next chunk takes its memory
+        ctx.save_for_backward(h, E, targets, lse)
+        ctx.rest = temperature, n_vocab, chunk
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        h, E, targets, lse = ctx.saved_tensors
+        temperature, n_vocab, chunk = ctx.rest
+        rows, dh = _rows(E, n_vocab), torch.empty_like(h)
+        # float32 for half-precision weights too, see kernels.mm32
+        dE = torch.zeros_like(E, dtype=torch.float32)
+        for i in range(0, len(h), chunk):
+            part = slice(i, i + chunk)
+            slope = grad[part, None] / temperature
+            dz = _logits(h[part], rows, temperature, n_vocab)
+            dz -= lse[part, None]
+            dz.exp_()  # softmax
+            dz *= -slope
+            dz.scatter_add_(1, targets[part, None], slope)  # one-hot - softmax
+            dz = dz.to(E.dtype)
+            dh[part] = dz @ rows
+            kernels.add_mm32(dE[: len(rows)], dz.t(), h[part])
+            del dz
+        return dh, dE, None, None, None, None
+
+
+def _rows(E, n_vocab):
+    """The rows of E_u whose logits are computed. In half precision all of them, for fast kernels
+    refuse an odd number such as the 151,669 tokens of Qwen3; `_logits` masks the rest."""
+    return E if kernels.half(E.dtype) else E[:n_vocab]
+
+
+def _logits(h, E, temperature, n_vocab):
+    """float32 logits / T of the rows of E. Those from n_vocab on are so low that their probability
+    is 0, and finite, so that 0 times them is 0."""
+    z = project(h, E)
+    z[:, n_vocab:] = -1e30
+    return z if temperature == 1 else z.div_(temperature)
+
+
+@dataclass
+class Policy:
+    """The model's own policy, pi^L = softmax(norm(H^L) E_u^T / T) over the ids below n_vocab."""
+
+    model: Transformer
+    temperature: float = 1.0
+    n_vocab: int | None = None
+    chunk: int = 256  # rows of logits held at once
+
+    @property
+    def layer(self) -> int:
+        return self.model.config.n_layers
+
+    def states(self, batch: Batch) -> torch.Tensor:
+        """[M,D]: what the unembedding sees where response tokens are drawn. They are picked before
+        the final norm: prompts and padding never reach it."""
+        h = self.model(batch.ids, **batch.forward)
+        return self.model.norm(h.flatten(0, -2)[batch.at])
+
+    def logprobs(self, batch: Batch):
+        """Log-probs [M] of a batch's response tokens, with gradient, and entropy [M]."""
+        h = self.states(batch)
+        E = self.model.unembedding  # after the forward, which gathers it where it is sharded
+        rest = self.temperature, self.n_vocab, self.chunk
+        return token_logprobs(h, E, batch.targets, *rest)
+
+
+@torch.no_grad()
+def stored_logprobs(policy: Policy, responses, max_tokens):
+    """Yield (response, its log-probs [len(ids)] under the policy), without gradient."""
+    for micro, batch in batches(policy.model, responses, max_tokens):
+        logprobs, _ = policy.logprobs(batch)
+        if micro:
+            yield from zip(micro, logprobs.split(batch.lengths), strict=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# the loss
+
+
+def policy_loss(
+    logprobs,  # [M]
+    old_logprobs,  # [M]
+    advantages,  # [M], of a token that of its response
+    clip_low=0.2,
+    clip_high=0.2,
+    dual_clip=10.0,  # for A < 0 the loss is at most this times |A|; None: off
+):
+    """The clipped surrogate, one value a token (a loss: minimise it): -min(rho A, clip(rho, 1 -
+    low, 1 + high) A). With the dual clip no token whose ratio exploded owns the step.
+
+    Returns (loss [M], low [M], high [M]): low and high mark the tokens the clip has silenced below
+    and above. The log-ratio is held within +-20, so that exp never overflows.
+    """
+    ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = torch.maximum(plain, clipped)
+    if dual_clip is not None:
+        bounded = torch.minimum(loss, -advantages * dual_clip)
+        loss = torch.where(advantages < 0, bounded, loss)
+    silenced = clipped > plain
+    low = silenced & (advantages < 0)
+    high = silenced & (advantages > 0)
+    return loss, low, high
+
+
+def kl_to_reference(logprobs, reference):
+    """The k3 estimate of KL(pi || pi_ref) at sampled tokens, nats: exp(d) - 1 - d with d = log
+    pi_ref - log pi; never negative.
+
+    Schulman's "Approximating KL divergence". As in the reference the estimate is at most 10, where
+    its gradient ends: no token pulls with more than exp(2.6) - 1 = 12.5.
+    """
+    d = (reference - logprobs).clamp(-20, 20)
+    estimate = d.expm1() - d  # exp(d) - 1 would round a small d's estimate below 0
+    return estimate.clamp(max=10)
+
+
+def response_weights(lengths: list[int], kind="token-mean", limit=None) -> list[float]:
+    """Weight of each token of each response in the loss of a mini-batch of R responses with these
+    many tokens.
+
+    token-mean  1 / sum(lengths): every token counts the same (DAPO, arXiv 2503.14476)
+    seq-mean    1 / (R length): every response counts the same, tokens of long ones less (GRPO as
+                published, arXiv 2402.03300)
+    dr_grpo     1 / (R limit), a constant: no length decides what a token counts (arXiv 2503.20783)
+    """
+    R = len(lengths)
+    if kind == "token-mean":
+        return [1 / max(sum(lengths), 1)] * R
+    if kind == "dr_grpo":
+        return [1 / (R * limit) for _ in lengths]
+    return [1 / (R * max(n, 1)) for n in lengths]
+
+
+def backward(
+    policy: Policy,
+    responses: list[Response],
+    max_tokens: int,
+    clip_low=0.2,
+    clip_high=0.2,
+    dual_clip=10.0,
+    loss="token-mean",
+    limit=None,
+    kl=0.0,
+    tis=None,
+    pack=None,
+) -> dict:
+    """Gradient of the clipped loss of one mini-batch, accumulated into .grad, and sums of what it
+    saw.
+
+    A token's weight in the loss follows from the whole mini-batch, counted here before it is split:
+    the gradient does not depend on `max_tokens` (of a micro-batch), on padding or packing (`pack`,
+    see `batches`), on the order of the responses, nor on the number of ranks they are dealt to.
+    Where no old log-probs are stored the ratio is 1 and its gradient that of log pi, which is right
+    for the first update on a batch.
+
+    loss, limit  how tokens are weighed: see response_weights
+    kl           adds kl * k3 against each response's ref_logprobs
+    tis          token-level truncated importance sampling: the surrogate times min(pi_old /
+                 pi_sampler, tis), for the numerical distance between trainer and sampler. At l = L
+                 only: below it the two are different policies on purpose
+    returns      tokens, and sums over them: loss (weighted), entropy, clip_low, clip_high, kl
+    """
+    responses = [r for r in responses if r.ids]
+    weights = response_weights([len(r.ids) for r in responses], loss, limit)
+    for r, weight in zip(responses, weights, strict=True):
+        r.weight = weight
+    sums = dict.fromkeys(("loss", "entropy", "clip_low", "clip_high", "kl"), 0.0)
+    local = parallel.local_responses(responses)
+    for micro, batch in batches(policy.model, local, max_tokens, pack):
+        logprobs, entropy = policy.logprobs(batch)
+        if not micro:
+            (0 * logprobs.sum()).backward()
+            continue
+        old = logprobs.detach()
+        if micro[0].old_logprobs is not None:
+            old = torch.cat([r.old_logprobs for r in micro])
+        clips = clip_low, clip_high, dual_clip
+        surrogate, low, high = policy_loss(logprobs, old, batch.advantages, *clips)
+        if tis and policy.layer == policy.model.config.n_layers:
+            sampler = torch.tensor([x for r in micro for x in r.logprobs], device=old.device)
+            surrogate = surrogate * (old - sampler).exp().clamp(max=tis)
+        k3 = torch.zeros_like(logprobs)
+        if kl:
+            k3 = kl_to_reference(logprobs, torch.cat([r.ref_logprobs for r in micro]))
+        weight = per_token([r.weight for r in micro], batch.lengths).to(old.device)
+        value = ((surrogate + kl * k3) * weight).sum()
+        value.backward()
+        for name, x in zip(sums, (value, entropy, low, high, k3), strict=True):
+            sums[name] += x.detach().sum().item()
+    return {"tokens": sum(len(r.ids) for r in responses), **parallel.all_reduce(sums)}

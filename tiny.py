@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bupo import policy_logprobs
-from grpo import Response, collate, micro_batches
+from grpo import Policy, collate, micro_batches
 from model import Config, Transformer
 from plumbing import arithmetic
 from plumbing.data import Problem
 from plumbing.hub import save_model
 from plumbing.tokenizer import load_tokenizer
+from rollout import Response
 
 CONFIG = Config(
     "qwen3",
@@ -157,12 +157,11 @@ def warm_up(folder: Path, seed: int, steps=600, batch=64, lr=3e-3) -> Path:
                 Response(
                     tokenizer.chat(arithmetic.sum_text(numbers), system=""),
                     [*tokenizer.encode(answer), END],
-                    [],
                 )
             )
         tokens, loss = sum(len(e.ids) for e in examples), 0.0
         for micro in micro_batches(examples, 4096):
-            logprobs, _ = policy_logprobs(model, collate(micro), CONFIG.n_layers)
+            logprobs, _ = Policy(model).logprobs(collate(micro))
             part = -logprobs.sum() / tokens
             part.backward()
             loss += part.item()

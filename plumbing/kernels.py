@@ -260,3 +260,18 @@ def regions(model):
 def compiled_graphs():
     """Graphs torch.compile has made in this process."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def cuda_graph(step):
+    """A recording of step(): a replay is one launch in place of some ten a layer. The plain twin is
+    `step` itself."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # makes the libraries' handles before recording
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph

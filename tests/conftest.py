@@ -25,3 +25,15 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("no ../shared folder: full-size tokenizers and problem sets are not here")
     return SHARED
+
+
+@pytest.fixture(autouse=True)
+def no_figures(request, monkeypatch):
+    """Drawing takes longer than most runs of the tests: those that want figures ask for `draws`."""
+    if "draws" not in request.fixturenames:
+        monkeypatch.setattr("plumbing.figures.draw", lambda folder: None)
+
+
+@pytest.fixture
+def draws():
+    """Of a test that has figures drawn."""

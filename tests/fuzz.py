@@ -513,7 +513,7 @@ def logs(rng, good, folder):
     from types import SimpleNamespace
 
     import train
-    from plumbing import checkpoint
+    from plumbing import checkpoint, metrics
     from plumbing.rows import read_rows
 
     sample = {"step": 1, "prompt_ids": [1, 2, 3], "ids": [4, 5], "response": "é\x1b"}
@@ -529,7 +529,7 @@ def logs(rng, good, folder):
             damaged_json(rng, row) + rng.choice((b"\n", b"\n", b"")) for _ in range(5)
         )
         (folder / name).write_bytes(damaged_bytes(rng, content) if rng.random() < 0.5 else content)
-    train.plot.training = lambda *paths: None  # other files' concern, and slow
+    train.figures.draw = lambda folder: None  # other files' concern, and slow
     for _ in range(2):
         rows, _ = read_rows(folder / "metrics.jsonl")
         with contextlib.redirect_stdout(io.StringIO()) as said:
@@ -537,7 +537,7 @@ def logs(rng, good, folder):
         assert all(c == "\n" or c.isprintable() for c in said.getvalue()), (
             "a row steers the terminal"
         )
-        for ids, length in train.responses_of_step_1(folder / "samples.jsonl", 6):
+        for ids, length in metrics.responses_of_step_1(folder / "samples.jsonl", 6):
             assert 0 < length < len(ids) and set(ids) <= set(range(6))
         for name in ("samples.jsonl", "metrics.jsonl"):
             checkpoint.rewind(folder / name, 2)

@@ -64,14 +64,14 @@ def live(argv, log, prepare=None, draws=False):
 
     import eval as evaluation
     import train
+    from plumbing import figures
     from plumbing.cli import guarded
-    from tools import plot
 
     torch.set_num_threads(1)
     # its own is a semaphore between processes, which a killed one leaves behind
     tqdm.set_lock(threading.RLock())
     if not draws:
-        plot.training = lambda *paths: None
+        figures.draw = lambda folder: None
     sys.stdout = sys.stderr = open(log, "a", buffering=1)
     evaluation.judge = Coin(evaluation.judge)
     # it hardly ever stops by itself, which would be reward 0

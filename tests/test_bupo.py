@@ -6,11 +6,13 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from policies import backward, policy_logprobs, stored_logprobs
 
-from bupo import Schedule, backward, forward_flops, policy_logprobs, stored_logprobs
+from bupo import Schedule
 from grpo import Response, collate, group_advantages, policy_loss
 from model import Config, Transformer
 from plumbing import kernels
+from plumbing.metrics import forward_flops
 
 L, END = 4, 3
 CONFIG = Config(
@@ -45,7 +47,7 @@ def responses():
         for a in advantages:
             n = int(torch.randint(0, 12, (1,), generator=g))
             ids = [*torch.randint(4, 50, (n,), generator=g).tolist(), END]
-            out.append(Response(prompt, ids, [0.0] * len(ids), a))
+            out.append(Response(prompt, ids, [0.0] * len(ids), advantage=a))
     return out
 
 
@@ -331,7 +333,10 @@ def test_recomputed_blocks_give_the_same_gradient_bit_for_bit(model, responses, 
 def test_loss_variants_by_hand(model):
     """Two responses of 2 and 6 tokens with advantages +1 and -1 at ratio 1: the surrogate is -A at
     every token."""
-    pair = [Response([5], [6] * 2, [0.0] * 2, 1.0), Response([5], [7] * 6, [0.0] * 6, -1.0)]
+    pair = [
+        Response([5], [6] * 2, [0.0] * 2, advantage=1.0),
+        Response([5], [7] * 6, [0.0] * 6, advantage=-1.0),
+    ]
     for kind, by_hand in (
         ("token-mean", (-2 + 6) / 8),
         ("seq-mean", (-1 + 1) / 2),
@@ -347,7 +352,7 @@ def test_kl_term_by_hand(model):
     is trained."""
     other, r = (
         copy.deepcopy(model).init_weights(1, std=0.2),
-        Response([5], [6, 7, 8], [0.0] * 3, 0.0),
+        Response([5], [6, 7, 8], [0.0] * 3, advantage=0.0),
     )
     for layer in (2, L):
         store(other, [r], layer, "ref_logprobs")
@@ -359,9 +364,9 @@ def test_kl_term_by_hand(model):
 
 def test_truncated_importance_sampling_by_hand(model):
     """The surrogate of each token times min(pi / pi_sampler, 2), at the model's own layer only."""
-    r = Response([5], [6, 7, 8], [0.0] * 3, 1.0)
+    r = Response([5], [6, 7, 8], [0.0] * 3, advantage=1.0)
     logprobs = policy_logprobs(model, collate([r]), L)[0].detach()
-    r.sampler_logprobs = (logprobs - torch.tensor([0.0, 0.5, 3.0])).tolist()
+    r.logprobs = (logprobs - torch.tensor([0.0, 0.5, 3.0])).tolist()
     assert backward(model, [r], L, 99, tis=2.0)["loss"] == pytest.approx(
         -(1 + 1.64872 + 2) / 3, abs=1e-4
     )
@@ -371,7 +376,10 @@ def test_truncated_importance_sampling_by_hand(model):
 def test_long_and_short_weigh_the_same_by_token(model):
     """Token mean over the mini-batch: the loss is the mean over all tokens, not the mean of the
     responses' means."""
-    short, long = Response([5], [6] * 2, [0.0] * 2, 1.0), Response([5], [7] * 20, [0.0] * 20, -1.0)
+    short, long = (
+        Response([5], [6] * 2, [0.0] * 2, advantage=1.0),
+        Response([5], [7] * 20, [0.0] * 20, advantage=-1.0),
+    )
     assert backward(model, [short, long], L, 10)["loss"] == pytest.approx((-2 + 20) / 22, abs=1e-6)
 
 
@@ -384,7 +392,7 @@ def test_equal_rewards_change_no_weight(model, responses):
 def test_the_stop_token_is_trained(model):
     """The gradient pushes the stop token's log-prob up when the response was good: the loss
     includes it, whatever its id."""
-    r = Response([5, END, 6], [7, END], [0.0, 0.0], 1.0)
+    r = Response([5, END, 6], [7, END], [0.0, 0.0], advantage=1.0)
     before = policy_logprobs(model, collate([r]), L)[0][-1].item()
     grads(model, [r])
     with torch.no_grad():
@@ -417,6 +425,6 @@ def test_ids_beyond_the_vocabulary_have_no_probability(model, responses):
 
 def test_empty_responses_and_rows(model):
     """A response of no tokens (a limit of zero) adds nothing and divides by nothing."""
-    some = Response([5], [6, 7], [0.0, 0.0], 1.0)
+    some = Response([5], [6, 7], [0.0, 0.0], advantage=1.0)
     alone = grads(model, [some])
-    assert close(grads(model, [some, Response([9], [], [], -1.0)]), alone)
+    assert close(grads(model, [some, Response([9], [], [], advantage=-1.0)]), alone)

@@ -60,24 +60,21 @@ def test_avg_at_k():
 
 def test_scores_of_made_up_answers():
     from plumbing.data import Problem
-    from rollout import Sample
+    from rollout import Response
     from verify import Verdict
 
     def made(right, length):
-        return evaluation.Answered(
-            Problem("q", "1"),
-            [1],
-            Sample([2] * length, [0.0] * length, right),
-            "t",
-            Verdict(right, None, "equal: string" if right else "different"),
-        )
+        verdict = Verdict(right, None, "equal: string" if right else "different")
+        r = Response([1], [2] * length, [0.0] * length, stopped=right, text="t", verdict=verdict)
+        r.problem = Problem("q", "1")
+        return r
 
     answered = [
         [made(True, 4), made(False, 8)],
         [made(True, 4), made(True, 4)],
         [made(False, 2), made(False, 2)],
     ]
-    s = scores([[a.row() for a in group] for group in answered])
+    s = scores([[evaluation.sample_row(a) for a in group] for group in answered])
     assert (s["questions"], s["samples"], s["avg@k"], s["pass@1"]) == (3, 2, 0.5, 0.5)
     assert (s["mean_length"], s["truncated"]) == (4, 0.5)
     assert s["pass@2"] == pytest.approx(2 / 3) and s["reasons"] == {

@@ -30,7 +30,7 @@ F15  test_model.py::test_a_tied_checkpoint_may_repeat_the_embedding_but_not_cont
 F16  test_model.py::test_weights_that_are_not_numbers
 F17  test_checkpoint.py::test_a_second_process_is_told_who_holds_the_run,
      test_a_file_system_without_locks_is_a_warning; below: the command
-F18  test_train.py::test_changed_settings_are_refused_on_resume; below: more steps, --override
+F18  test_train.py::test_changed_settings_are_refused_on_resume; below: more steps, override
 F19  below: logs without checkpoints, checkpoints without logs
 F20  test_train.py::test_a_gradient_that_is_not_finite_makes_no_update_and_leaves_its_batch
 F21  test_train.py::test_three_in_a_row_end_the_run,
@@ -215,6 +215,23 @@ class BeforeOpening(Place):
         sys.addaudithook(audit)
 
 
+class InDrawing(Place):
+    """While the figures are drawn, when these are there already."""
+
+    def __init__(self, drawn):
+        self.drawn, self.n = drawn, 1
+
+    def __call__(self):
+        from plumbing import figures
+
+        def draw(folder):
+            for name in self.drawn:
+                (folder / name).write_bytes(kill_many.FIGURES[name])
+            self.tick()
+
+        figures.draw = draw
+
+
 class BeforeRenaming(Place):
     """Before the n-th renaming to a name that begins so."""
 
@@ -314,8 +331,8 @@ def test_F01_killed_while_the_figure_is_drawn(live, whole, tmp_path):
     says how it went."""
     out = tmp_path / "run"
     for die, left in (
-        (BeforeOpening("training.png"), []),
-        (BeforeOpening("training.svg"), ["training.png"]),
+        (InDrawing([]), []),
+        (InDrawing(["training.png"]), ["training.png"]),
     ):
         code, said = live(out, die, draws=True)
         assert code == KILLED and steps(out) == [8, 10] and result(out)["figures"] == left, said
@@ -470,15 +487,15 @@ class DiskFull:
         self.size = size
 
     def __call__(self):
-        step_once = train.step_once
+        next_problems = train.next_problems
 
-        def step(run, optimizer, step):
+        def begin_step(run, step, refill, count):
             if step == 5:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
-            return step_once(run, optimizer, step)
+            return next_problems(run, step, refill, count)
 
-        train.step_once = step
+        train.next_problems = begin_step
 
 
 def test_F09_a_full_disk_stops_a_save_and_the_run_goes_on_later(live, whole, tmp_path):
@@ -505,20 +522,17 @@ class FullInStep3:
         self.out = out
 
     def __call__(self):
-        step_once = train.step_once
+        after_updates = train.after_updates
 
-        def step(run, optimizer, step):
-            row = step_once(run, optimizer, step)
-            size = (
-                (self.out / "metrics.jsonl").stat().st_size + 20
-                if step == 3
-                else resource.RLIM_INFINITY
-            )
+        def end_step(run):
+            size = resource.RLIM_INFINITY
+            if run.step + 1 == 3:
+                size = (self.out / "metrics.jsonl").stat().st_size + 20
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-            return row
+            return after_updates(run)
 
-        train.step_once = step
+        train.after_updates = end_step
 
 
 def test_F10_a_disk_that_is_full_for_a_step_costs_no_row(live, whole, tmp_path):
@@ -590,16 +604,16 @@ class FullForTheFigure:
     """No file grows beyond 10,000 bytes once the run is saved: its figure does not fit."""
 
     def __call__(self):
-        from tools import plot
+        from plumbing import figures
 
-        training = plot.training
+        draw = figures.draw
 
-        def drawn(*paths):
+        def drawn(folder):
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
-            return training(*paths)
+            return draw(folder)
 
-        plot.training = drawn
+        figures.draw = drawn
 
 
 def test_F10_a_figure_that_does_not_fit_on_the_disk_is_a_line(live, whole, tmp_path):
@@ -607,7 +621,8 @@ def test_F10_a_figure_that_does_not_fit_on_the_disk_is_a_line(live, whole, tmp_p
     code, said = live(out, FullForTheFigure(), draws=True)
     assert (
         code == 0
-        and "training.png: not drawn (OSError: " in said
+        and "not drawn (" in said
+        and "File too large" in said
         and said.splitlines()[-1].startswith("accuracy ")
     ), said
     assert result(whole)["checkpoints"] == result(out)["checkpoints"]
@@ -780,7 +795,7 @@ def test_F18_an_override_goes_on_with_the_new_setting(live, folder, tmp_path):
     code, said = live(out, argv=argv)
     assert code == 2 and "lr: 0.001 -> 0.0005" in said.splitlines()[-1] and steps(out) == [2]
     assert (
-        live(out, argv=[*argv, "--override"])[0] == 0
+        live(out, argv=[*argv, "--existing", "override"])[0] == 0
         and rows(out / "metrics.jsonl")[-1]["lr"] == 5e-4
     )
 
@@ -853,17 +868,16 @@ def test_F19_checkpoints_without_logs_go_on_and_say_where_from(live, whole, half
 
 @pytest.mark.parametrize("lost", LOG_FILES)
 def test_F18_checkpoints_without_logs_are_a_run_all_the_same(live, folder, half, tmp_path, lost):
-    """Other settings are refused, --fresh alone too; with --overwrite nothing of it is left in the
-    new run."""
+    """Other settings are refused; with --existing overwrite nothing of it is left in the new
+    run."""
     out = Path(shutil.copytree(half, tmp_path / "run"))
     for name in LOG_FILES[lost]:
         (out / name).unlink()
     argv = command(folder, out, steps=4, lr=5e-4)
     code, said = live(out, argv=argv)
     assert code == 2 and "lr: 0.001 -> 0.0005" in said.splitlines()[-1]
-    code, said = live(out, argv=[*argv, "--fresh"])
-    assert code == 2 and "add --overwrite" in said.splitlines()[-1] and steps(out) == [2, 4]
-    code, said = live(out, argv=[*argv, "--fresh", "--overwrite"])
+    assert steps(out) == [2, 4]
+    code, said = live(out, argv=[*argv, "--existing", "overwrite"])
     assert code == 0 and "resuming" not in said and "before training" in said
     assert (
         live(tmp_path / "other", argv=command(folder, tmp_path / "other", steps=4, lr=5e-4))[0] == 0
@@ -882,7 +896,7 @@ def test_F18_checkpoints_without_their_settings_are_not_resumed_blindly(
         and "holds checkpoints and no config.json" in said.splitlines()[-1]
         and steps(out) == [2, 4]
     )
-    assert live(out, argv=[*command(folder, out), "--override"])[0] == 0
+    assert live(out, argv=[*command(folder, out), "--existing", "override"])[0] == 0
     assert result(out)["checkpoints"] == result(whole)["checkpoints"]
 
 
@@ -914,10 +928,15 @@ class Truncated:
         self.reward = reward
 
     def __call__(self):
-        import rollout
+        sample = train.sample
 
-        make = rollout.Sample
-        rollout.Sample = lambda ids, logprobs, stopped: make(ids, logprobs, False)
+        def truncated(*a, **k):
+            groups = sample(*a, **k)
+            for response in [r for group in groups for r in group]:
+                response.stopped = False
+            return groups
+
+        train.sample = truncated
         if self.reward:
             train.reward = lambda answered, args: float(answered.verdict.correct)
 

@@ -241,7 +241,12 @@ def test_a_huge_log_ratio_stays_finite(gap, A):
 
 
 def test_collate_positions_by_hand():
-    batch = collate([Response([5, 6, 7], [8, 9], [], 1.0), Response([1], [2, 3, 2], [], -1.0)])
+    batch = collate(
+        [
+            Response([5, 6, 7], [8, 9], [], advantage=1.0),
+            Response([1], [2, 3, 2], [], advantage=-1.0),
+        ]
+    )
     assert batch.ids.tolist() == [[5, 6, 7, 8, 9], [1, 2, 3, 2, 0]]
     # the state before each response token, in the flattened batch
     assert batch.at.tolist() == [2, 3, 5, 6, 7]
@@ -251,7 +256,11 @@ def test_collate_positions_by_hand():
 
 def test_packed_positions_by_hand():
     batch = collate(
-        [Response([5, 6, 7], [8, 9], [], 1.0), Response([1], [2, 3, 2], [], -1.0)], pack=True
+        [
+            Response([5, 6, 7], [8, 9], [], advantage=1.0),
+            Response([1], [2, 3, 2], [], advantage=-1.0),
+        ],
+        pack=True,
     )
     assert batch.ids.tolist() == [5, 6, 7, 8, 9, 1, 2, 3, 2] and batch.forward[
         "position"

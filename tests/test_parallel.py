@@ -20,10 +20,11 @@ from unittest import mock
 
 import pytest
 import torch
+from policies import backward, stored_logprobs
 from test_train import CONFIG, coin, flags, rows, write_problems
 
-import bupo
 import eval as evaluation
+import grpo
 import tiny
 import train
 from grpo import Response, micro_batches
@@ -106,14 +107,14 @@ def batch_of(n=9):
             [1, 2, 3],
             torch.randint(0, 260, (3 + i % 5,), generator=g).tolist(),
             [],
-            (-1.0) ** i + 0.3 * i,
+            advantage=(-1.0) ** i + 0.3 * i,
         )
         for i in range(n)
     ]
 
 
 def gradients(folder, tied, replicas=1, compute=torch.float32):
-    """Loss and gradients of an internal and of the whole policy by `bupo.backward`, and the modules
+    """Loss and gradients of an internal and of the whole policy by `backward`, and the modules
     that ranks gather for it."""
     dtype = compute if parallel.world() == 1 else torch.float32
     model = parallel.shard(
@@ -126,7 +127,7 @@ def gradients(folder, tied, replicas=1, compute=torch.float32):
     for layer in (1, CONFIG.n_layers):
         gathered = set()
         with watching(model, lambda m, into=gathered: into.add(names[id(m)])):
-            seen = bupo.backward(model, batch_of(), layer, 20)
+            seen = backward(model, batch_of(), layer, 20)
         norm = train.clip_gradients(model, 1.0)
         grads = {
             n: None if p.grad is None else parallel.full_tensor(p.grad).clone()
@@ -158,14 +159,12 @@ def round_trip(folder):
     gathered; 1 is added on the way."""
     model = parallel.shard(load_model(folder / "model"))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    bupo.backward(model, batch_of(), 1, 20)
+    backward(model, batch_of(), 1, 20)
     optimizer.step()
     optimizer.zero_grad()
 
     def look():
-        return [
-            x.sum().item() for x in bupo.stored_logprobs(model, batch_of(2), CONFIG.n_layers, 100)
-        ]
+        return [x.sum().item() for x in stored_logprobs(model, batch_of(2), CONFIG.n_layers, 100)]
 
     looks = [look()]
     plain, flat = parallel.gather(model, optimizer)
@@ -236,7 +235,7 @@ def do_die(folder):
 
 def do_hang(folder):
     """Rank 1 falls silent in its second update."""
-    real, calls = bupo.backward, []
+    real, calls = grpo.backward, []
 
     def backward(*a, **k):
         calls.append(a)

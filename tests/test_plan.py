@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from policies import policy_logprobs
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import bupo
 import rollout
 import tiny
 from grpo import Batch
@@ -157,7 +157,7 @@ def trace(monkeypatch, config, dtype, tokens, recompute, chunk=1024):
         batch = micro_batch(tokens, dtype == torch.bfloat16)
         live = Live([t for p in model.parameters() for t in (p, p.grad)])
         with live:
-            logprobs, _ = bupo.policy_logprobs(model, batch, config.n_layers, chunk=chunk)
+            logprobs, _ = policy_logprobs(model, batch, config.n_layers, chunk=chunk)
             kept, live.backward = live.live, True
             logprobs.sum().backward()
         return kept, live.peak, live.last_peak

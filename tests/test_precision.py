@@ -6,9 +6,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from policies import backward, stored_logprobs
 
 import train
-from bupo import Schedule, backward
+from bupo import Schedule
 from grpo import Response
 from model import Config, Transformer
 from plumbing.optimizer import SplitAdamW
@@ -27,7 +28,9 @@ def groups(n=8, size=4):
     out = []
     for i in range(n):
         prompt = ids(6 + i)
-        out.append([Response(prompt, ids(20 + 5 * j), [], (-1.0) ** j) for j in range(size)])
+        out.append(
+            [Response(prompt, ids(20 + 5 * j), [], advantage=(-1.0) ** j) for j in range(size)]
+        )
     return out
 
 
@@ -42,13 +45,13 @@ def build(mode, lr):
 
 
 def make_run(model, lr, mini_prompts):
-    """What train.update needs of a run."""
+    """What an update needs of a run."""
     args = train.parse(["--lr", str(lr), "--mini-prompts", str(mini_prompts)])
     args.max_new_tokens, args.logit_chunk, args.micro_tokens = 64, 64, 400
     tokenizer = type("", (), {"n_vocab": N_VOCAB})
     sampler = type("", (), {"model": model})
     schedule = Schedule((), CONFIG.n_layers)
-    return train.Run(args, model, tokenizer, sampler, [], [], 0, "", schedule)
+    return train.Run(args, model, tokenizer, sampler, [], [], "", schedule)
 
 
 def master(model, optimizer):
@@ -61,8 +64,14 @@ def master(model, optimizer):
 def together(mode, lr, context=nullcontext):
     """A step of four updates as train.py makes it."""
     model, optimizer = build(mode, lr)
+    run = make_run(model, lr, 2)
+    run.optimizer, policy = optimizer, run.policy(CONFIG.n_layers)
     with context():
-        train.update(make_run(model, lr, 2), optimizer, groups(), CONFIG.n_layers)
+        minis = train.mini_batches(groups(), run.args)
+        train.store_old_logprobs(run, policy, minis)
+        for mini in minis:
+            train.gradient(run, policy, mini)
+            train.optimizer_step(run, mini, train.clip(run))
     return master(model, optimizer)
 
 
@@ -71,9 +80,9 @@ def one_at_a_time(mode, lr):
     model, optimizer = build(mode, lr)
     all_groups = groups()
     run = make_run(model, lr, 2)
-    policy = dict(norm="none", **run.policy())
+    policy = dict(n_vocab=N_VOCAB, chunk=run.args.logit_chunk)
     everything = [r for group in all_groups for r in group]
-    old = train.stored_logprobs(model, everything, CONFIG.n_layers, 400, **policy)
+    old = stored_logprobs(model, everything, CONFIG.n_layers, 400, **policy)
     for response, logprobs in zip(everything, old, strict=True):
         response.old_logprobs = logprobs
     for i in range(0, 8, 2):

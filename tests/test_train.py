@@ -9,18 +9,21 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import eval as evaluation
+import grpo
 import tiny
 import train
 from model import Config, Transformer
-from plumbing import checkpoint
+from plumbing import checkpoint, figures, metrics, settings
 from plumbing.cli import guarded
 from plumbing.hub import load_model, save_model
+from rollout import Sampler
 from verify import Verdict
 
 ROOT = Path(train.__file__).parent
@@ -176,21 +179,21 @@ def test_internal_phase_leaves_the_blocks_above_alone(finished, folder):
 def test_resume_is_bit_exact(finished, folder, tmp_path, stop, monkeypatch):
     """Cut after the checkpoint of step `stop` (in, at the end of, after the internal phase), the
     same command ends in the same run."""
-    out, step_once = tmp_path / "cut", train.step_once
+    out, next_problems = tmp_path / "cut", train.next_problems
 
-    def dying(run, optimizer, step):
+    def dying(run, step, refill, count):
         if step == stop + 1:
             raise KeyboardInterrupt
-        return step_once(run, optimizer, step)
+        return next_problems(run, step, refill, count)
 
-    monkeypatch.setattr(train, "step_once", dying)
+    monkeypatch.setattr(train, "next_problems", dying)
     with pytest.raises(SystemExit) as e:
         guarded(train.main, flags(folder, out))
     assert e.value.code == 130 and checkpoint.latest(out).name == f"step_{stop:06d}"
     # what a kill may leave
     with open(out / "metrics.jsonl", "a") as f:
         f.write('{"step": 99, "half a ro')
-    monkeypatch.setattr(train, "step_once", step_once)
+    monkeypatch.setattr(train, "next_problems", next_problems)
     train.main(flags(folder, out))
     assert rows(out) == rows(finished) and rows(out, "samples.jsonl") == rows(
         finished, "samples.jsonl"
@@ -228,15 +231,11 @@ def test_equal_rewards_make_no_update(folder, tmp_path, monkeypatch):
 
 def answered(right, length, stopped=True):
     from plumbing.data import Problem
-    from rollout import Sample
+    from rollout import Response
 
-    return evaluation.Answered(
-        Problem("q", "1"),
-        [1],
-        Sample([2] * length, [0.0] * length, stopped),
-        "",
-        Verdict(right, None, ""),
-    )
+    r = Response([1], [2] * length, [0.0] * length, stopped, Problem("q", "1"))
+    r.verdict, r.reward = Verdict(right, None, ""), float(right)
+    return r
 
 
 REWARD = train.reward
@@ -257,16 +256,24 @@ def test_reward_of_long_responses_by_hand(overlong, by_hand):
 def test_masked_responses_are_out_of_numerator_and_denominator(folder, tmp_path, monkeypatch):
     """--overlong mask: the loss sees the stopped responses only. Half of them count as stopped
     here, by a coin."""
-    seen, make = [], evaluation.Sample
-    monkeypatch.setattr(
-        "rollout.Sample", lambda ids, logprobs, stopped: make(ids, logprobs, sum(ids) % 2 == 0)
-    )
-    monkeypatch.setattr(
-        train, "update", lambda run, optimizer, groups, layer: seen.append(groups) or ({}, [], 0)
-    )
+    seen, grade_all, mini_batches = [], train.grade_all, train.mini_batches
+
+    def toss(run, groups, problems):
+        for r in [r for group in groups for r in group]:
+            r.stopped = sum(r.ids) % 2 == 0
+        return grade_all(run, groups, problems)
+
+    def noted(groups, args):
+        seen.append(mini_batches(groups, args))
+        return []
+
+    monkeypatch.setattr(train, "grade_all", toss)
+    monkeypatch.setattr(train, "mini_batches", noted)
+    monkeypatch.setattr(train, "reward", lambda r, args: float(sum(r.ids) % 3))
     for overlong in ("mask", "zero"):
-        train.main(flags(folder, tmp_path / overlong, steps=1, overlong=overlong))
-    masked, whole = ([r for g in groups for r in g] for groups in seen)
+        change = {"overlong": overlong, "mini-prompts": 4}
+        train.main(flags(folder, tmp_path / overlong, steps=1, **change))
+    masked, whole = ([r for mini in minis for r in mini] for minis in seen)
     assert (
         len(whole) == 16
         and [r for r in whole if sum(r.ids) % 2 == 0] == masked
@@ -416,13 +423,15 @@ def test_split_optimizers_train_and_resume(folder, tmp_path, optimizer):
 def test_deviations_of_rewards_by_hand():
     """reward_std is TRL's, of the whole batch; reward_group_std the mean of those within groups."""
     groups = [[answered(r, 3) for r in row] for row in ([1, 1, 1, 1], [1, 0, 0, 0])]
-    drawn = torch.tensor([[1.0, 1, 1, 1], [1, 0, 0, 0]])
-    row = train.describe(groups, drawn, {}, [], 3, 3)
+    meter = metrics.Meter(seconds={"rollout": 1.0, "backward": 1.0})
+    model = SimpleNamespace(config=SimpleNamespace(n_layers=3))
+    run = SimpleNamespace(meter=meter, model=model, num_tokens=100)
+    row = metrics.row(run, 7, 3, groups, groups)
     # five ones of eight
     assert row["reward_std"] == pytest.approx((8 * 0.625 * 0.375 / 7) ** 0.5)
     # one of four: sqrt(4 * 1/4 * 3/4 / 3)
     assert row["reward_group_std"] == pytest.approx((0 + 0.5) / 2)
-    assert row["response_tokens"] == 24 and "num_tokens" not in row
+    assert row["response_tokens"] == 24 and row["num_tokens"] == 100 + 24 + 8
 
 
 # What a flag is set to, where it must arrive and as which argument. Values that no default and no
@@ -437,10 +446,10 @@ ARRIVES = [
     ("thinking", True, "encode_prompts", "thinking"),
     ("format", "base", "tokenizer", "format"),
     ("slots", 13, "Sampler", "slots"),
-    ("group", 3, "answer", "n"),
-    ("max-new-tokens", 9, "answer", "max_new_tokens"),
-    ("temperature", 0.9, "answer", "temperature"),
-    ("verifier", "hendrycks", "answer", "verifier"),
+    ("group", 3, "generate", "n"),
+    ("max-new-tokens", 9, "generate", "max_new_tokens"),
+    ("temperature", 0.9, "generate", "temperature"),
+    ("verifier", "hendrycks", "grade", "verifier"),
     ("overlong-buffer", 6, "overlong_penalty", "buffer"),
     ("max-new-tokens", 9, "overlong_penalty", "limit"),
     ("advantage", "rloo", "group_advantages", "kind"),
@@ -457,7 +466,7 @@ ARRIVES = [
     ("logit-chunk", 17, "backward", "chunk"),
     ("temperature", 0.9, "stored_logprobs", "temperature"),
     ("internal-norm", "final", "stored_logprobs", "norm"),
-    ("temperature", 0.9, "policy_logprobs", "temperature"),
+    ("temperature", 0.9, "Policy", "temperature"),
     ("grad-clip", 0.7, "clip_gradients", "limit"),
     ("lr", 2e-3, "SplitAdamW", "lr"),
     ("weight-decay", 0.03, "SplitAdamW", "weight_decay"),
@@ -483,7 +492,8 @@ def arrived(folder, tmp_path_factory):
         def called(*a, **k):
             bound = signature.bind(*a, **k)
             bound.apply_defaults()
-            seen.append(bound.arguments | bound.arguments.get("policy", {}))
+            policy = bound.arguments.get("policy")
+            seen.append(bound.arguments | (vars(policy) if policy else {}))
             return real(*a, **k)
 
         m.setattr(owner, name, called)
@@ -495,18 +505,19 @@ def arrived(folder, tmp_path_factory):
             "batch",
             "encode_prompts",
             "Sampler",
-            "answer",
+            "grade",
             "overlong_penalty",
             "group_advantages",
             "backward",
             "stored_logprobs",
-            "policy_logprobs",
+            "Policy",
             "clip_gradients",
             "SplitAdamW",
         ):
             spy(m, train, name)
         spy(m, train.tokenizers, "load_tokenizer", "tokenizer")
         spy(m, train.checkpoint, "save")
+        spy(m, Sampler, "generate")
         counted = train.reward
         m.setattr(train, "reward", lambda a, args: 0 * counted(a, args) + float(a.verdict.correct))
         change = {
@@ -563,7 +574,7 @@ def test_flags_that_are_counts_of_calls_arrive(arrived):
 def test_every_setting_that_changes_the_numbers_is_in_the_table():
     """A new one belongs there, or among those that the test of counts holds."""
     table = {flag.replace("-", "_") for flag, *_ in ARRIVES}
-    assert set(train.MATHS) - table == {
+    assert set(settings.MATHS) - table == {
         "model_commit",
         "data_sha256",
         "bupo_layer",
@@ -670,15 +681,15 @@ def test_a_finished_run_ends_well_whatever_its_rows_are(finished, folder, tmp_pa
     assert same(weights(out / "step_000004"), weights(finished / "step_000004"))
 
 
-def test_a_figure_that_cannot_be_drawn_is_a_line(folder, tmp_path, capsys, monkeypatch):
-    def training(*a):
-        raise ImportError("no matplotlib")
+def test_a_figure_that_cannot_be_drawn_is_a_line(folder, tmp_path, capsys, monkeypatch, draws):
+    def no_matplotlib(command, **kw):
+        return subprocess.CompletedProcess(command, 1, "", "ImportError: no matplotlib")
 
-    monkeypatch.setattr(train.plot, "training", training)
+    monkeypatch.setattr(figures.subprocess, "run", no_matplotlib)
     guarded(train.main, flags(folder, tmp_path / "r", steps=1))
     said = capsys.readouterr()
     assert (
-        "training.png: not drawn (ImportError: no matplotlib)" in said.err
+        "figures are not drawn (ImportError: no matplotlib)" in said.err
         and said.out.splitlines()[-1].startswith("accuracy ")
     )
 
@@ -696,16 +707,14 @@ def test_texts_of_the_model_cannot_steer_the_terminal(folder, tmp_path, capsys, 
 def poison(monkeypatch, calls):
     """The loss of these calls of policy_loss, from 1, is NaN: one call a micro-batch, one
     micro-batch an update."""
-    import bupo
-
-    real, count = bupo.policy_loss, []
+    real, count = grpo.policy_loss, []
 
     def policy_loss(*a, **k):
         count.append(1)
         loss, low, high = real(*a, **k)
         return (loss * float("nan") if len(count) in calls else loss), low, high
 
-    monkeypatch.setattr(bupo, "policy_loss", policy_loss)
+    monkeypatch.setattr(grpo, "policy_loss", policy_loss)
 
 
 def test_a_gradient_that_is_not_finite_makes_no_update_and_leaves_its_batch(
@@ -764,20 +773,18 @@ HELPS = (
 def short_of_memory(monkeypatch, above):
     """Forward passes with gradient over more than so many padded tokens find no memory. Returns the
     sizes that were tried."""
-    import bupo
+    real, tried = grpo.Policy.logprobs, []
 
-    real, tried = bupo.policy_logprobs, []
-
-    def policy_logprobs(model, batch, *a, **k):
+    def logprobs(policy, batch):
         if torch.is_grad_enabled():
             tried.append(batch.ids.numel())
             if batch.ids.numel() > above:
                 raise torch.OutOfMemoryError(
                     "CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"
                 )
-        return real(model, batch, *a, **k)
+        return real(policy, batch)
 
-    monkeypatch.setattr(bupo, "policy_logprobs", policy_logprobs)
+    monkeypatch.setattr(grpo.Policy, "logprobs", logprobs)
     return tried
 
 
@@ -785,7 +792,7 @@ def test_out_of_memory_is_tried_again_in_halves_with_equal_gradients(
     finished, folder, tmp_path, monkeypatch, capsys
 ):
     tried = short_of_memory(monkeypatch, 50)
-    train.main(flags(folder, tmp_path / "r", "--oom-retry", steps=1))
+    train.main(flags(folder, tmp_path / "r", steps=1))
     assert (
         max(tried) > 50
         and "--micro-tokens 8192 from here on" in (err := capsys.readouterr().err)
@@ -795,12 +802,11 @@ def test_out_of_memory_is_tried_again_in_halves_with_equal_gradients(
     assert all((a[k] - b[k]).abs().max() < 1e-5 for k in a)
 
 
-@pytest.mark.parametrize("more", [[], ["--oom-retry"]])
-def test_out_of_memory_says_what_was_too_large(folder, tmp_path, monkeypatch, capsys, more):
-    """At once without the flag, with it when one response alone is too long."""
+def test_out_of_memory_says_what_was_too_large(folder, tmp_path, monkeypatch, capsys):
+    """When one response alone is too long."""
     short_of_memory(monkeypatch, 5)
     with pytest.raises(SystemExit) as e:
-        guarded(train.main, flags(folder, tmp_path / "r", *more))
+        guarded(train.main, flags(folder, tmp_path / "r"))
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert (
         e.value.code == 6
@@ -808,7 +814,7 @@ def test_out_of_memory_says_what_was_too_large(folder, tmp_path, monkeypatch, ca
         and "layer 1" in last
         and "2.00 GiB" in last
     )
-    assert ("16384 tokens" in last) == (not more) and "GB held" in last
+    assert "16384 tokens" not in last and "GB held" in last
 
 
 def test_the_rehearsal_runs_the_largest_batch_and_changes_nothing(folder, tmp_path, monkeypatch):
@@ -816,25 +822,26 @@ def test_the_rehearsal_runs_the_largest_batch_and_changes_nothing(folder, tmp_pa
     --micro-tokens, at full depth."""
     args = train.parse(flags(folder, tmp_path / "r", **{"micro-tokens": 100}))
     run = train.open_run(args)
-    optimizer, before, seen = train.make_optimizer(run.model, args), weights(folder), []
+    run.optimizer, before, seen = train.make_optimizer(run.model, args), weights(folder), []
     real = train.backward
-    monkeypatch.setattr(
-        train,
-        "backward",
-        lambda model, rs, layer, **k: seen.append((rs, layer, k)) or real(model, rs, layer, **k),
-    )
-    train.rehearse(run, optimizer)
-    ((rs, layer, k),) = seen
+
+    def noted(policy, responses, max_tokens, **kw):
+        seen.append((responses, policy.layer, max_tokens))
+        return real(policy, responses, max_tokens, **kw)
+
+    monkeypatch.setattr(train, "backward", noted)
+    train.rehearse(run)
+    ((rs, layer, max_tokens),) = seen
     assert (
         len(rs) == 4
         and {(len(r.prompt), len(r.ids)) for r in rs} == {(16, 8)}
         and layer == 3
-        and k["max_tokens"] == 100
+        and max_tokens == 100
     )
     assert same(dict(run.model.state_dict()), before) and all(
         p.grad is None for p in run.model.parameters()
     )
-    assert not optimizer.state and run.sampler.cache is None
+    assert not run.optimizer.state and run.sampler.cache is None
 
 
 def test_what_a_step_measures(finished, folder):
@@ -1067,9 +1074,6 @@ def test_changed_settings_are_refused_on_resume(finished, folder, capsys, tmp_pa
     with pytest.raises(SystemExit) as e:
         guarded(train.main, flags(folder, finished, lr=2e-3))
     assert e.value.code == 2 and "lr" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as e:
-        guarded(train.main, flags(folder, finished, "--fresh"))
-    assert e.value.code == 2 and "--overwrite" in capsys.readouterr().err
     before = rows(finished)
     # finished: nothing to do, the same last line
     train.main(flags(folder, finished))
@@ -1085,7 +1089,7 @@ def test_another_seed_is_refused_before_the_models_folder_is_touched(tmp_path, m
 
     monkeypatch.setattr(train.tiny, "warm_up", warm_up)
     (tmp_path / "step_000010").mkdir()
-    saved = train.settings(train.parse(["--out", str(tmp_path), "--seed", "1"]))
+    saved = settings.as_json(train.parse(["--out", str(tmp_path), "--seed", "1"]))
     (tmp_path / "config.json").write_text(json.dumps(saved))
     for more in ([], ["--dry-run"]):
         with pytest.raises(SystemExit) as e:
@@ -1114,10 +1118,10 @@ def test_a_refused_command_leaves_nothing_behind(folder, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
 
 
-def test_fresh_overwrite_starts_anew(folder, tmp_path):
+def test_overwrite_starts_anew(folder, tmp_path):
     out = tmp_path / "r"
     train.main(flags(folder, out, steps=2))
-    train.main(flags(folder, out, "--fresh", "--overwrite", steps=1, seed=5))
+    train.main(flags(folder, out, existing="overwrite", steps=1, seed=5))
     assert [r["step"] for r in rows(out)] == [0, 1] and [p.name for p in out.glob("step_*")] == [
         "step_000001"
     ]

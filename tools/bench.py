@@ -29,17 +29,18 @@ from pathlib import Path
 
 import torch
 
-from bupo import backward, forward_flops
+from bupo import InternalPolicy
 from decompose import measure, pick
-from grpo import Response, collate, micro_batches, token_logprobs
+from grpo import backward, collate, micro_batches, token_logprobs
 from model import Config, Transformer
 from plumbing.cli import guarded, natural, pick_device
 from plumbing.hub import HUB, TOKENIZER_FILES, hf_config, hf_tensors, save_model
 from plumbing.kernels import compile_blocks
+from plumbing.metrics import forward_flops
 from plumbing.optimizer import SplitAdamW, bytes_per_parameter
 from plumbing.shapes import SHAPES, preset_config
 from plumbing.tokenizer import load_tokenizer
-from rollout import Sampler
+from rollout import Response, Sampler
 from tools import bench_gpu
 
 
@@ -466,7 +467,9 @@ def step(args):
     for n in lengths:
         ids = random_prompts(config, [n], len(responses))[0]
         responses.append(
-            Response(ids[:prompt], ids[prompt:], [0.0] * (n - prompt), g.choice((-1.0, 1.0)))
+            Response(
+                ids[:prompt], ids[prompt:], [0.0] * (n - prompt), advantage=g.choice((-1.0, 1.0))
+            )
         )
     optimizer = (
         torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
@@ -476,7 +479,7 @@ def step(args):
 
     def side(pack):
         def run():
-            backward(model, responses, layer, args.tokens, pack=pack)
+            backward(InternalPolicy(model, layer=layer), responses, args.tokens, pack=pack)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -584,7 +587,9 @@ def stack(args):
         random.Random(args.seed),
     )
     rows = [[g.randrange(config.vocab_size) for _ in range(256)] for _ in range(args.tokens // 256)]
-    return model, [Response(r[:64], r[64:], [0.0] * 192, g.choice((-1.0, 1.0))) for r in rows]
+    return model, [
+        Response(r[:64], r[64:], [0.0] * 192, advantage=g.choice((-1.0, 1.0))) for r in rows
+    ]
 
 
 def bupo(args):
@@ -598,7 +603,7 @@ def bupo(args):
     def ours(layer):
         def run():
             model.zero_grad()
-            backward(model, responses, layer, 2048)
+            backward(InternalPolicy(model, layer=layer), responses, 2048)
 
         return run
 

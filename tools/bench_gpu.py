@@ -10,6 +10,7 @@ version and the commit. Inside a part every measurement stands alone too: an err
 With `--device cpu` every part runs on tiny shapes in this process, to try the lines themselves.
 """
 
+import copy
 import gc
 import io
 import json
@@ -27,15 +28,16 @@ import torch
 
 import tiny
 import train
-from bupo import backward, forward_flops, stored_logprobs
-from grpo import Response
+from grpo import Policy, backward
 from model import Config, Transformer
+from plumbing import settings
 from plumbing.cli import natural
 from plumbing.hub import save_model
 from plumbing.kernels import compile_blocks, flash, has_flash
+from plumbing.metrics import forward_flops, peak_gb
 from plumbing.optimizer import SplitAdamW
 from plumbing.rows import one_line
-from rollout import Sampler
+from rollout import Response, Sampler
 from tools import bench
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,14 +70,14 @@ def responses(config, lengths, seed=0):
     rows = []
     for i, ids in enumerate(bench.random_prompts(config, lengths, seed)):
         cut = max(1, len(ids) // 8)
-        rows.append(Response(ids[:cut], ids[cut:], [0.0] * (len(ids) - cut), (-1.0) ** i))
+        rows.append(Response(ids[:cut], ids[cut:], [0.0] * (len(ids) - cut), advantage=(-1.0) ** i))
     return rows
 
 
 def gradient(model, rows, micro_tokens):
     """The gradient of one mini-batch at the model's own policy, accumulated into .grad."""
     used = min(N_VOCAB, model.config.vocab_size)
-    backward(model, rows, model.config.n_layers, micro_tokens, n_vocab=used)
+    backward(Policy(model, n_vocab=used), rows, micro_tokens)
 
 
 def split_adamw(model, kind, offload=False):
@@ -147,7 +149,7 @@ def weights(device, left):
 
 
 def several_updates(device):
-    """Four updates in one step against the same four made in steps of their own.
+    """Four updates in one step against the same four, each gradient by a new copy of the model.
 
     The difference as a share of the way the weights went: 0 but for the order of atomic additions.
     Weights cached over a step show as 0.3 of the blocks' way at this learning rate.
@@ -155,32 +157,37 @@ def several_updates(device):
     config = Config("qwen3", 512, 128, 4, 4, 2, 32, 256, tied=True)
     ended = []
     for together in (True, False):
-        run, optimizer = trainer(config, device, mini_prompts=2, lr=1e-3)
-        rows, layer = responses(config, [40] * 16), config.n_layers
+        run = trainer(config, device, mini_prompts=2, lr=1e-3)
+        rows, policy = responses(config, [40] * 16), run.policy(config.n_layers)
         groups = [rows[i : i + 2] for i in range(0, len(rows), 2)]
         start = flat(run.model.blocks.parameters())
-        if together:
-            train.update(run, optimizer, groups, layer)
-        else:  # against the policy before the first of them, as in one step
-            stored = stored_logprobs(run.model, rows, layer, run.args.micro_tokens, **run.policy())
-            for r, logprobs in zip(rows, stored, strict=True):
-                r.old_logprobs = logprobs
-            for i in range(0, len(groups), 2):
-                train.update(run, optimizer, groups[i : i + 2], layer)
+        minis = train.mini_batches(groups, run.args)
+        train.store_old_logprobs(run, policy, minis)  # those before the first update
+        for mini in minis:
+            if not together:
+                policy = run.policy(config.n_layers, copy.deepcopy(run.model))
+            both = list(zip(run.model.parameters(), policy.model.parameters(), strict=True))
+            for p, q in both:
+                q.grad_dtype = p.grad_dtype
+            train.gradient(run, policy, mini)
+            for p, q in both:
+                p.grad = q.grad
+            train.optimizer_step(run, mini, train.clip(run))
         ended.append(flat(run.model.blocks.parameters()))
     return {"apart_over_way": ((ended[0] - ended[1]).norm() / (ended[1] - start).norm()).item()}
 
 
-def trainer(config, device, **settings):
-    """A train.Run of a small random model, without data, and its optimizer."""
+def trainer(config, device, **change):
+    """A train.Run of a small random model, without data."""
     args = train.parse(["--model", "tiny", "--device", device.type, "--optimizer", "split-m32"])
-    for name, value in settings.items():
+    for name, value in change.items():
         setattr(args, name, value)
-    train.settle(args, config, device.type)
+    settings.settle(args, config, device.type)
     model = trainable(config, device)
     stand_in, sampler = SimpleNamespace(n_vocab=config.vocab_size), SimpleNamespace(model=model)
-    run = train.Run(args, model, stand_in, sampler, [], [], 0, "")
-    return run, train.make_optimizer(model, args)
+    run = train.Run(args, model, stand_in, sampler, [], [], "")
+    run.optimizer = train.make_optimizer(model, args)
+    return run
 
 
 def split(device, left):
@@ -348,7 +355,7 @@ def update_speed(config, device, recompute, compiled, rate):
     seconds = min(bench.timed(device, once)[0] for _ in range(3))
     speed = 3 * forward_flops(model, rows, config.n_layers) / seconds
     out = {"tokens": count * longest, "ms": 1e3 * seconds, "tflop_s": speed / 1e12}
-    return {**out, "mfu": speed / rate, "peak_GB": train.peak_gb(model)}
+    return {**out, "mfu": speed / rate, "peak_GB": peak_gb()}
 
 
 def optimizer(device, left):
@@ -453,7 +460,12 @@ def describe(device):
     """What a figure must not be read without."""
     card = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     versions = {"torch": torch.__version__, "cuda": torch.version.cuda}
-    return {"card": card, **versions, "commit": train.commit(), "date": time.strftime("%Y-%m-%d")}
+    return {
+        "card": card,
+        **versions,
+        "commit": settings.commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def rounded(x):
@@ -527,7 +539,7 @@ def apart(name, seconds, out):
     except subprocess.TimeoutExpired:
         why = f"killed after {limit:.0f} s"
     if why:
-        write({"part": name, "commit": train.commit(), "error": why}, out)
+        write({"part": name, "commit": settings.commit(), "error": why}, out)
 
 
 def gpu(args):

@@ -1,0 +1,215 @@
+"""A step's row of metrics.jsonl, in TRL's names for what TRL has, and what it is made of.
+
+row(...)         the row
+Meter            seconds of the step's parts, and what its updates saw
+forward_flops    operations of the log-probs of responses
+weights_sample, weights_moved, peak_gb
+summary(rows)    the last line of a run
+"""
+
+import resource
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+
+import torch
+
+from plumbing import parallel
+from plumbing.rows import each_row
+
+
+@dataclass
+class Meter:
+    """What a step took and saw, filled in as it goes."""
+
+    seconds: dict = field(default_factory=dict)  # of its parts
+    sums: dict = field(default_factory=dict)  # over tokens, of all updates
+    norms: list = field(default_factory=list)  # of the gradients of updates, before clipping
+    flops: int = 0
+    weights: torch.Tensor | None = None  # some of them, before the updates
+    start: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self):
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
+
+    @contextmanager
+    def clock(self, part):
+        """Add the seconds spent in here to those of a part of the step."""
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self.seconds[part] = self.seconds.get(part, 0) + time.perf_counter() - start
+
+    def add(self, sums):
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+
+
+def timed(part):
+    """Of a function of a run: its seconds are those of a part of the step."""
+
+    def decorate(f):
+        @wraps(f)
+        def run_timed(run, *args, **kw):
+            with run.meter.clock(part):
+                return f(run, *args, **kw)
+
+        return run_timed
+
+    return decorate
+
+
+# --------------------------------------------------------------------------------------------------
+# the row
+
+
+def row(run, step, layer, groups, drawn) -> dict:
+    """The row of a step. groups [N][G] are the responses that it learned from, drawn all that it
+    sampled: more with dynamic sampling."""
+    meter, n_layers = run.meter, run.model.config.n_layers
+    rewards = torch.tensor([[r.reward for r in group] for group in drawn])
+    responses = [r for group in groups for r in group]
+    lengths = torch.tensor([len(r.ids) for r in responses], dtype=torch.float32)
+    stopped = torch.tensor([r.stopped for r in responses])
+    terminated = lengths[stopped].mean().item() if stopped.any() else None
+    norms, sums = meter.norms, meter.sums
+    sampled = sum(r.total_length for group in drawn for r in group)
+    out = {
+        "step": step,
+        "num_tokens": run.num_tokens + sampled,
+        "phase": "internal" if layer < n_layers else "whole",
+        "inter/layer": layer,
+        "reward": rewards.mean().item(),
+        "reward_std": rewards.std().item(),
+        "reward_group_std": rewards.std(1).mean().item(),
+        "frac_reward_zero_std": (rewards == rewards[:, :1]).all(1).float().mean().item(),
+        "groups_sampled": len(rewards),
+        "completions/mean_length": lengths.mean().item(),
+        "completions/max_length": lengths.max().item(),
+        "completions/clipped_ratio": 1 - stopped.float().mean().item(),
+        "completions/mean_terminated_length": terminated,
+        "response_tokens": int(lengths.sum()),
+        "updates": len(norms),
+        "grad_norm": sum(norms) / len(norms) if norms else 0.0,
+    }
+    if norms:
+        tokens = sums["tokens"]
+        out["loss"] = sums["loss"] / len(norms)
+        out["inter/entropy"] = sums["entropy"] / tokens
+        out["clip_ratio/low_mean"] = sums["clip_low"] / tokens
+        out["clip_ratio/high_mean"] = sums["clip_high"] / tokens
+        if sums["kl"]:
+            out["kl"] = sums["kl"] / tokens
+    for r in responses:
+        key = "verdict/" + r.verdict.reason.partition(":")[0]
+        out[key] = out.get(key, 0) + 1
+    return out | speed(meter, out["response_tokens"])
+
+
+def speed(meter, response_tokens) -> dict:
+    """Seconds of every part of the step, tokens sampled and operations done in a second."""
+    seconds = dict(meter.seconds)
+    seconds["other"] = time.perf_counter() - meter.start - sum(seconds.values())
+    sampling = seconds.get("rollout", 0) + seconds.get("grade", 0)
+    training = sum(seconds.get(part, 0) for part in ("logprobs", "backward", "optimizer"))
+    return {
+        "perf/rollout_tok_s": response_tokens / sampling,
+        "perf/train_tflop_s": meter.flops / parallel.world() / training / 1e12,
+        "perf/peak_gb": peak_gb(),
+        **{f"time/{part}": value for part, value in seconds.items()},
+    }
+
+
+def peak_gb() -> float:
+    """Most memory held, in GB: on a GPU by tensors in this step, else by the process since its
+    start."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def forward_flops(model, responses, layer) -> int:
+    """Floating-point operations of the log-probs of responses at a layer: two for every weight and
+    the tokens it meets, and attention's two products over what each token sees, which is n^2 / 2
+    pairs. A backward takes twice as many."""
+    c, lengths = model.config, [r.total_length for r in responses]
+    body = sum(p.numel() for block in model.blocks[:layer] for p in block.parameters())
+    head = c.vocab_size * c.d_model * sum(len(r.ids) for r in responses)
+    pairs = sum(n * n for n in lengths)
+    return 2 * (body * sum(lengths) + head + layer * c.n_heads * c.head_dim * pairs)
+
+
+def weights_sample(model, most=1 << 20):
+    """Up to about `most` of the weights, evenly spaced, of this rank's shards, as bfloat16: what
+    one of that precision would look like."""
+    parts = [parallel.local_tensor(p.detach()).flatten() for p in model.parameters()]
+    stride = max(1, sum(map(len, parts)) // most)
+    return torch.cat([p[::stride].bfloat16() for p in parts])
+
+
+def weights_moved(before, model) -> float:
+    """Share of sampled weights that differ from what they were `before`, on all ranks."""
+    moved = (before != weights_sample(model)).sum().item()
+    counted = parallel.all_reduce({"moved": moved, "all": len(before)})
+    return counted["moved"] / counted["all"]
+
+
+# --------------------------------------------------------------------------------------------------
+# for a person
+
+
+def line(row) -> str:
+    """A step, in a line."""
+    parts = [
+        f"reward {row['reward']:.3f}",
+        f"length {row['completions/mean_length']:.0f}",
+        f"entropy {row.get('entropy', 0):.2f}",
+        f"layer {row['inter/layer']}",
+        f"{row['perf/rollout_tok_s']:,.0f} tok/s",
+    ]
+    if "eval/accuracy" in row:
+        parts.append(f"accuracy {row['eval/accuracy']:.3f}")
+    return "  ".join(parts)
+
+
+def summary(rows, schedule):
+    """The last line: accuracy before and after, when it was best, and memory, from the rows of
+    metrics.jsonl alone; None without held-out problems."""
+    scores, seconds, peak = [], 0.0, 0.0  # scores: (accuracy, seconds until then, row)
+    for row in rows:
+        seconds += sum(v for k, v in row.items() if k.startswith("time/"))
+        peak = max(peak, row.get("perf/peak_gb", 0.0))
+        if "eval/accuracy" in row and isinstance(row.get("step"), int):
+            scores.append((row["eval/accuracy"], seconds, row))
+    if len(scores) < 2:
+        return None
+    (before, _, first), (after, _, last) = scores[0], scores[-1]
+    best, soonest, _ = max(scores, key=lambda s: (s[0], -s[1]))
+    began = f" (step {first['step']})" if first["step"] else ""  # the row of step 0 is lost
+    return (
+        f"accuracy {before:.2f}{began} -> {after:.2f} on {last['eval/questions']} held-out "
+        f"problems in {seconds:.0f} s, best {best:.2f} after {soonest:.0f} s, at most "
+        f"{peak:.1f} GB ({schedule})"
+    )
+
+
+def responses_of_step_1(path, vocab_size) -> list:
+    """The responses of step 1 in samples.jsonl, as (ids, prompt length); what is no such row is
+    left out."""
+    found = []
+    for row in each_row(path):
+        if row is None or not isinstance(row.get("step"), int):
+            continue
+        if row["step"] > 1:  # rows stand in the order of steps
+            break
+        prompt, ids = row.get("prompt_ids"), row.get("ids")
+        if not (isinstance(prompt, list) and isinstance(ids, list) and prompt and ids):
+            continue
+        if all(type(token) is int and 0 <= token < vocab_size for token in prompt + ids):
+            found.append((prompt + ids, len(prompt)))
+    return found
