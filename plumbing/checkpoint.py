@@ -26,6 +26,7 @@ Needs a POSIX file system: renames are atomic, folders can be synced, files can 
 
 import errno
 import fcntl
+import fnmatch
 import hashlib
 import json
 import os
@@ -34,13 +35,13 @@ import shutil
 import socket
 import sys
 import time
-from contextlib import ExitStack, contextmanager
-from fnmatch import filter as matching
+from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from plumbing.hub import CheckpointError, hf_tensors, save_model
 from plumbing.optimizer import place
@@ -56,7 +57,7 @@ LEFTOVER = re.compile(r"\.(tmp|trash)-(step_\d{6,}.*|.+\.jsonl)")
 FILE = re.compile(r"(resume/)?\w[\w.-]{0,200}")
 OPTIM, RNG = "resume/optim.safetensors", "resume/rng.safetensors"
 NEEDED = {"config.json", "state.json", OPTIM, RNG}
-# of moments in a file, and in memory at once beside the optimizer
+# of moments in a file but for its last, and in memory at once beside the optimizer
 SHARD_BYTES = 4 << 30
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # moments that have their parameter's shape
@@ -156,10 +157,8 @@ def damage(folder, hashes=True) -> str:
         path = folder / name
         try:
             found = path.stat().st_size
-            if found != size:
-                wrong.append(f"{name} has {found} bytes, not {size!r:.20}")
-            elif hashes and _sha256(path) != sha256:
-                wrong.append(f"{name} is damaged (SHA-256 differs)")
+            if found != size or hashes and _sha256(path) != sha256:
+                wrong.append(f"{name} is damaged ({found} bytes; written were {size!r:.20})")
         except OSError as e:
             wrong.append(f"{name} cannot be read ({e.strerror or e})")
     return f"{folder}: " + "; ".join(wrong[:20]) if wrong else ""
@@ -247,21 +246,18 @@ def _check(name, model, moments):
 
 
 def _save_moments(folder, moments, optimizer):
-    shards, size, numbers = [{}], 0, {}
+    shards, size, numbers = defaultdict(dict), 0, {}
     for name, value in moments.items():
-        if not isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor):
+            shards[size // SHARD_BYTES][name] = value
+            size += value.nbytes
+        else:
             numbers[name] = value
-            continue
-        if shards[-1] and size + value.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = value
-        size += value.nbytes
     about = {"optimizer": type(optimizer).__name__, "numbers": json.dumps(numbers)}
-    for i, shard in enumerate(shards, 1):
-        shard = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in shard.items()}
+    for i, shard in enumerate(shards.values() or [{}], 1):
         path = folder / (f"optim-{i}.safetensors" if i > 1 else "optim.safetensors")
-        save_file(shard, path, metadata=about)
+        on_cpu = {name: t.detach().cpu().contiguous() for name, t in shard.items()}
+        save_file(on_cpu, path, metadata=about)
 
 
 def _write(tmp, model, optimizer, moments, state, tokenizer_from):
@@ -363,54 +359,41 @@ def prune(run, step, keep):
 # load
 
 
-def _open(folder, names, stack) -> tuple[dict, dict]:
-    """Tensor name -> the open file that holds it, and the files' metadata. Nothing is read yet."""
-    found, about = {}, {}
+def _tensors(folder, names) -> dict:
+    """{name: tensor} of safetensors files: windows into them, read only where they are copied."""
+    found = {}
     for name in names:
         try:
-            f = stack.enter_context(safe_open(folder / name, framework="pt"))
+            found |= load_file(folder / name)
         except (SafetensorError, OSError) as e:
             raise CheckpointError(
                 f"{folder / name}: not a readable safetensors file ({one_line([str(e)]):.100})"
             ) from None
-        found |= dict.fromkeys(f.keys(), f)
-        about |= f.metadata() or {}
-    return found, about
+    return found
 
 
-def _generator_state(rng) -> torch.Tensor | None:
-    """The state of torch's generator, tried on one of our own; None if it is none."""
-    try:
-        state = rng["torch_cpu"].get_tensor("torch_cpu")
-        torch.Generator().set_state(state)
-    except (KeyError, TypeError, RuntimeError):
-        return None
-    return state
+def _kind(t) -> str:
+    return f"{DTYPES.get(t.dtype, t.dtype)} {list(t.shape)}"
 
 
-def _misfits(weights, moments, numbers, model, optimizer) -> list[str]:
-    """All that keeps a checkpoint from going into this model and this optimizer, from headers
-    alone."""
-    params, wanted = dict(model.named_parameters()), hf_tensors(model.config)
-    wrong = [f"{n} is not part of this model" for n in weights if n not in wanted]
-    for n, (ours, _, rows) in wanted.items():
+def _misfits(weights, targets, moments, params, optimizer) -> list[str]:
+    """What keeps weights from going into their targets, and moments into the optimizer."""
+    wrong = [f"{n} is not part of this model" for n in weights if n not in targets]
+    for n, target in targets.items():
         if n not in weights:
             wrong.append(f"{n} is missing")
-            continue
-        view, p = weights[n].get_slice(n), params[ours]
-        have = f"{view.get_dtype()} {view.get_shape()}"
-        want = f"{DTYPES.get(p.dtype)} {[rows, *p.shape[1:]]}"
-        if have != want:
+        elif (have := _kind(weights[n])) != (want := _kind(target)):
             wrong.append(f"{n} is {have}, the model's is {want}")
     held = {p for group in optimizer.param_groups for p in group["params"]}
-    for full in (*moments, *numbers):
-        name, _, key = full.rpartition("/")
+    for n, value in moments.items():
+        name, _, key = n.rpartition("/")
         p = params.get(name)
         if p not in held:
-            wrong.append(f"the optimizer holds no parameter for {full}")
-        elif key in LIKE_PARAMETER and full in moments:
-            if moments[full].get_slice(full).get_shape() != list(p.shape):
-                wrong.append(f"{full} has not the shape of its parameter, {list(p.shape)}")
+            wrong.append(f"the optimizer holds no parameter for {n}")
+        elif key in LIKE_PARAMETER and getattr(value, "shape", None) != p.shape:
+            wrong.append(f"{n} has not the shape of its parameter, {list(p.shape)}")
+        elif not isinstance(value, (torch.Tensor, *NUMBER)):
+            wrong.append(f"{n} is a {type(value).__name__}: no numbers of an optimizer")
     return wrong
 
 
@@ -425,43 +408,49 @@ def restore(folder, model, optimizer, verify=True) -> dict:
     verify  compare every SHA-256 first; False if `latest` has just done so
     Raises CheckpointError, in one line with all that does not fit, before anything is touched.
     """
-    folder = Path(folder)
+    folder, wrong = Path(folder), []
     if why := damage(folder, verify):
         raise CheckpointError(f"cannot load: {why}")
     files, state = _manifest(folder), read_json(folder / "state.json")
-    with ExitStack() as stack:
-        weights, _ = _open(folder, matching(files, "model*.safetensors"), stack)
-        moments, about = _open(folder, matching(files, "resume/optim*"), stack)
-        generator = _generator_state(_open(folder, [RNG], stack)[0])
-        numbers = parse_json(about.get("numbers", "").encode())
-        wrong, saved_by, kind = [], about.get("optimizer"), type(optimizer).__name__
-        if saved_by != kind:
-            wrong.append(f"saved from optimizer {saved_by}, this one is {kind}")
-        if type(state.get("step")) is not int:
-            wrong.append("state.json: no step in it")
-        if generator is None:
-            wrong.append(f"{RNG}: no state of torch's generator")
-        if not isinstance(numbers, dict) or not all(
-            isinstance(v, NUMBER) for v in numbers.values()
-        ):
-            wrong.append(f"{OPTIM}: its metadata hold no numbers of an optimizer")
-            numbers = {}
-        wrong += _misfits(weights, moments, numbers, model, optimizer)
-        if wrong:
-            more = f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
-            raise CheckpointError(f"{folder}: does not fit: {one_line(wrong[:20])}{more}")
+    weights = _tensors(folder, fnmatch.filter(files, "model*.safetensors"))
+    moments = _tensors(folder, fnmatch.filter(files, "resume/optim*"))
+    generator = _tensors(folder, [RNG]).get("torch_cpu")
+    with safe_open(folder / OPTIM, framework="pt") as f:
+        about = f.metadata() or {}
+    numbers = parse_json(about.get("numbers", "").encode())
+    params = dict(model.named_parameters())
+    targets = {
+        theirs: params[ours][row : row + rows]
+        for theirs, (ours, row, rows) in hf_tensors(model.config).items()
+    }
 
-        params = dict(model.named_parameters())
-        for name, (ours, row, rows) in hf_tensors(model.config).items():
-            params[ours][row : row + rows].copy_(weights[name].get_tensor(name))
-        optimizer.state.clear()
-        for full, value in (moments | numbers).items():
-            name, _, key = full.rpartition("/")
-            if full in moments:
-                # a copy: what safetensors returns is a window into the file
-                value = place(optimizer, params[name], value.get_tensor(full).clone())
-            optimizer.state[params[name]][key] = value
-        torch.set_rng_state(generator)
+    if type(state.get("step")) is not int:
+        wrong.append("state.json: no step in it")
+    if (saved_by := about.get("optimizer")) != (ours := type(optimizer).__name__):
+        wrong.append(f"saved from optimizer {saved_by}, this one is {ours}")
+    if isinstance(numbers, dict):
+        moments |= numbers
+    else:
+        wrong.append(f"{OPTIM}: its metadata hold no numbers of an optimizer")
+    try:
+        torch.Generator().set_state(generator)
+    except (TypeError, RuntimeError):
+        wrong.append(f"{RNG}: no state of torch's generator")
+    wrong += _misfits(weights, targets, moments, params, optimizer)
+    if wrong:
+        more = f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        raise CheckpointError(f"{folder}: does not fit: {one_line(wrong[:20])}{more}")
+
+    for name, target in targets.items():
+        target.copy_(weights[name])
+    optimizer.state.clear()
+    for n, value in moments.items():
+        name, _, key = n.rpartition("/")
+        if isinstance(value, torch.Tensor):
+            # a copy, for what safetensors returns would change with the file
+            value = place(optimizer, params[name], value.clone())
+        optimizer.state[params[name]][key] = value
+    torch.set_rng_state(generator)
     return state
 
 
