@@ -18,15 +18,14 @@ cut leaves zeros behind a good header. So hashes decide, every time.
 
 Pickle is never written or read. The moments sit in a folder of their own because inference servers
 load every *.safetensors they find beside the weights. What is a setting (learning rate, betas, ...)
-is not saved here: it comes from the resuming command, and `compare` tells where that differs from
-the saved one.
+is not saved here: it comes from the resuming command, and `changed_settings` tells where that
+differs from the saved one.
 
 Needs a POSIX file system: renames are atomic, folders can be synced, files can be flock'ed.
 """
 
 import errno
 import fcntl
-import fnmatch
 import hashlib
 import json
 import os
@@ -211,10 +210,8 @@ def _moments(model, optimizer) -> dict:
             raise ValueError("the optimizer has state of what is not a parameter of the model")
         for key, value in moments.items():
             if not isinstance(value, (torch.Tensor, *NUMBER)):
-                raise ValueError(
-                    f"the optimizer keeps a {type(value).__name__} as {key}; only tensors and "
-                    "numbers can be saved"
-                )
+                kind = type(value).__name__
+                raise ValueError(f"cannot save a {kind} as {key}: it is no tensor and no number")
             found[f"{names[p]}/{key}"] = value
     return found
 
@@ -299,7 +296,7 @@ def _commit(tmp, final):
 def save(run, step: int, model, optimizer, state: dict, tokenizer_from=None, keep=2) -> Path:
     """Write run/step_<step>, or change nothing. Returns the folder once the disk holds it.
 
-    state           what the trainer wants back from `load`; must come through JSON unchanged.
+    state           what the trainer wants back from `restore`; must come through JSON unchanged.
                     "step" is added
     tokenizer_from  folder whose tokenizer files are copied, so that the checkpoint is a whole
                     Hugging Face model
@@ -366,8 +363,9 @@ def _tensors(folder, names) -> dict:
         try:
             found |= load_file(folder / name)
         except (SafetensorError, OSError) as e:
+            why = one_line([str(e)])[:100]
             raise CheckpointError(
-                f"{folder / name}: not a readable safetensors file ({one_line([str(e)]):.100})"
+                f"{folder / name}: no readable safetensors file ({why})"
             ) from None
     return found
 
@@ -376,25 +374,41 @@ def _kind(t) -> str:
     return f"{DTYPES.get(t.dtype, t.dtype)} {list(t.shape)}"
 
 
-def _misfits(weights, targets, moments, params, optimizer) -> list[str]:
-    """What keeps weights from going into their targets, and moments into the optimizer."""
-    wrong = [f"{n} is not part of this model" for n in weights if n not in targets]
-    for n, target in targets.items():
-        if n not in weights:
-            wrong.append(f"{n} is missing")
-        elif (have := _kind(weights[n])) != (want := _kind(target)):
-            wrong.append(f"{n} is {have}, the model's is {want}")
+def _misfits(saved, targets, params, optimizer) -> list[str]:
+    """What keeps saved weights from going into their targets, and saved moments into the
+    optimizer."""
+    wrong = [f"{n} is missing" for n in targets if n not in saved]
     held = {p for group in optimizer.param_groups for p in group["params"]}
-    for n, value in moments.items():
-        name, _, key = n.rpartition("/")
+    for n, value in saved.items():
+        name, slash, key = n.rpartition("/")
         p = params.get(name)
-        if p not in held:
+        if n in targets:
+            have, want = _kind(value), _kind(targets[n])
+            if have != want:
+                wrong.append(f"{n} is {have}, the model's is {want}")
+        elif not slash:
+            wrong.append(f"{n} is not part of this model")
+        elif p not in held:
             wrong.append(f"the optimizer holds no parameter for {n}")
         elif key in LIKE_PARAMETER and getattr(value, "shape", None) != p.shape:
             wrong.append(f"{n} has not the shape of its parameter, {list(p.shape)}")
-        elif not isinstance(value, (torch.Tensor, *NUMBER)):
-            wrong.append(f"{n} is a {type(value).__name__}: no numbers of an optimizer")
     return wrong
+
+
+def _is_generator_state(t) -> bool:
+    """Whether torch's generator can be set to this, tried on one of our own."""
+    try:
+        torch.Generator().set_state(t)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+def _are_numbers(numbers) -> bool:
+    """Whether this is what an optimizer keeps as numbers, "<parameter>/<moment>" by name."""
+    return isinstance(numbers, dict) and all(
+        "/" in name and isinstance(value, NUMBER) for name, value in numbers.items()
+    )
 
 
 @torch.no_grad()
@@ -408,48 +422,45 @@ def restore(folder, model, optimizer, verify=True) -> dict:
     verify  compare every SHA-256 first; False if `latest` has just done so
     Raises CheckpointError, in one line with all that does not fit, before anything is touched.
     """
-    folder, wrong = Path(folder), []
+    folder = Path(folder)
     if why := damage(folder, verify):
         raise CheckpointError(f"cannot load: {why}")
-    files, state = _manifest(folder), read_json(folder / "state.json")
-    weights = _tensors(folder, fnmatch.filter(files, "model*.safetensors"))
-    moments = _tensors(folder, fnmatch.filter(files, "resume/optim*"))
-    generator = _tensors(folder, [RNG]).get("torch_cpu")
+    state = read_json(folder / "state.json")
+    saved = _tensors(folder, [n for n in _manifest(folder) if n.endswith(".safetensors")])
+    generator = saved.pop("torch_cpu", None)
     with safe_open(folder / OPTIM, framework="pt") as f:
         about = f.metadata() or {}
-    numbers = parse_json(about.get("numbers", "").encode())
-    params = dict(model.named_parameters())
-    targets = {
-        theirs: params[ours][row : row + rows]
-        for theirs, (ours, row, rows) in hf_tensors(model.config).items()
-    }
+    numbers, saved_by = parse_json(about.get("numbers", "").encode()), about.get("optimizer")
+    params, targets = dict(model.named_parameters()), {}
+    for name, (ours, row, rows) in hf_tensors(model.config).items():
+        targets[name] = params[ours][row : row + rows]
 
+    wrong, kind = [], type(optimizer).__name__
+    if saved_by != kind:
+        wrong.append(f"saved from optimizer {saved_by}, this one is {kind}")
     if type(state.get("step")) is not int:
         wrong.append("state.json: no step in it")
-    if (saved_by := about.get("optimizer")) != (ours := type(optimizer).__name__):
-        wrong.append(f"saved from optimizer {saved_by}, this one is {ours}")
-    if isinstance(numbers, dict):
-        moments |= numbers
+    if not _is_generator_state(generator):
+        wrong.append(f"{RNG}: no state of torch's generator")
+    if _are_numbers(numbers):
+        saved |= numbers
     else:
         wrong.append(f"{OPTIM}: its metadata hold no numbers of an optimizer")
-    try:
-        torch.Generator().set_state(generator)
-    except (TypeError, RuntimeError):
-        wrong.append(f"{RNG}: no state of torch's generator")
-    wrong += _misfits(weights, targets, moments, params, optimizer)
+    wrong += _misfits(saved, targets, params, optimizer)
     if wrong:
-        more = f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
-        raise CheckpointError(f"{folder}: does not fit: {one_line(wrong[:20])}{more}")
+        lines = one_line(wrong[:20])
+        raise CheckpointError(f"{folder}: {len(wrong)} things do not fit: {lines}")
 
-    for name, target in targets.items():
-        target.copy_(weights[name])
     optimizer.state.clear()
-    for n, value in moments.items():
-        name, _, key = n.rpartition("/")
+    for name, value in saved.items():
+        parameter, _, key = name.rpartition("/")
+        if name in targets:
+            targets[name].copy_(value)
+            continue
         if isinstance(value, torch.Tensor):
-            # a copy, for what safetensors returns would change with the file
-            value = place(optimizer, params[name], value.clone())
-        optimizer.state[params[name]][key] = value
+            # a copy, for a window into the file would change with it
+            value = place(optimizer, params[parameter], value.clone())
+        optimizer.state[params[parameter]][key] = value
     torch.set_rng_state(generator)
     return state
 
@@ -529,8 +540,7 @@ def lock(run):
             ) from None
         except OSError as e:
             log(
-                f"{run}: this file system cannot lock ({e.strerror or e}): see to it yourself that "
-                "one process writes here"
+                f"{run}: this file system cannot lock ({e.strerror}): one process at a time, please"
             )
         if before:
             log(f"{run}: taken over from {before}, which ended without a goodbye")
