@@ -61,7 +61,7 @@ SHARD_BYTES = 4 << 30
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # moments that have their parameter's shape
 LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "remainder")
-NUMBER = (int, float, type(None))
+NUMBER = (int, float, type(None))  # what else an optimizer keeps
 
 
 class RunLocked(OSError):
@@ -157,7 +157,8 @@ def damage(folder, hashes=True) -> str:
         try:
             found = path.stat().st_size
             if found != size or hashes and _sha256(path) != sha256:
-                wrong.append(f"{name} is damaged ({found} bytes; written were {size!r:.20})")
+                written = f"{size!r:.20}"
+                wrong.append(f"{name} is damaged ({found} bytes, not the {written} written)")
         except OSError as e:
             wrong.append(f"{name} cannot be read ({e.strerror or e})")
     return f"{folder}: " + "; ".join(wrong[:20]) if wrong else ""
@@ -166,8 +167,8 @@ def damage(folder, hashes=True) -> str:
 def _steps(run) -> list[tuple[int, Path]]:
     """(step, folder) of everything that is named like a checkpoint, newest first; a replacement
     before what it replaces."""
-    found = []
-    for folder in Path(run).glob("step_*"):
+    run, found = Path(run), []
+    for folder in run.iterdir() if run.exists() else ():
         match = STEP.fullmatch(folder.name)
         if match and folder.is_dir():
             found.append((int(match[1]), not match[2], folder))
@@ -363,10 +364,8 @@ def _tensors(folder, names) -> dict:
         try:
             found |= load_file(folder / name)
         except (SafetensorError, OSError) as e:
-            why = one_line([str(e)])[:100]
-            raise CheckpointError(
-                f"{folder / name}: no readable safetensors file ({why})"
-            ) from None
+            why = f"not a readable safetensors file ({one_line([str(e)]):.100})"
+            raise CheckpointError(f"{folder / name}: {why}") from None
     return found
 
 
@@ -624,10 +623,12 @@ def rewind(path, step: int) -> int:
     tmp, bak = path.with_name(f".tmp-{path.name}"), path.with_name(path.name + ".bak")
     with open(path, "rb") as rows, open(tmp, "wb") as kept:
         for line in rows:
-            row = parse_json(line)
-            at = row.get("step") if isinstance(row, dict) else None
+            try:
+                keep = parse_json(line)["step"] <= step
+            except (KeyError, TypeError):
+                keep = False  # not a row: torn by a crash, or zeros after a power cut
             whole = line.rstrip(b"\n") + b"\n"
-            if isinstance(at, (int, float)) and at <= step:
+            if keep:
                 kept.write(whole)
             else:
                 cut.append(whole)

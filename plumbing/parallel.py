@@ -222,9 +222,9 @@ def shard(model, replicas=1, compute=torch.float32):
     if world() == 1:
         return model
     shape, names = (replicas, world() // replicas), ("replica", "shard")
-    mesh = init_device_mesh(model.unembedding.device.type, shape, mesh_dim_names=names)
     if replicas == 1:
-        mesh = mesh["shard"]
+        shape, names = shape[1:], names[1:]
+    mesh = init_device_mesh(model.unembedding.device.type, shape, mesh_dim_names=names)
     policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
     for module in (*model.blocks, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
