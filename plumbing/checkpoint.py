@@ -18,8 +18,8 @@ cut leaves zeros behind a good header. So hashes decide, every time.
 
 Pickle is never written or read. The moments sit in a folder of their own because inference servers
 load every *.safetensors they find beside the weights. What is a setting (learning rate, betas, ...)
-is not saved here: it comes from the resuming command, and `compare` tells where that differs from
-the saved one.
+is not saved here: it comes from the resuming command, and `changed_settings` tells where that
+differs from the saved one.
 
 Needs a POSIX file system: renames are atomic, folders can be synced, files can be flock'ed.
 """
@@ -28,22 +28,23 @@ import errno
 import fcntl
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
 import socket
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from plumbing.hub import CheckpointError, hf_tensors, save_model
-from plumbing.rows import one_line, read_json
+from plumbing.optimizer import place
+from plumbing.rows import one_line, parse_json, read_json
 
 FORMAT = "nanobupo checkpoint 1"
 # of a run folder: rows that carry their step
@@ -53,11 +54,14 @@ STEP = re.compile(r"step_(\d{6,})(\.old)?")
 LEFTOVER = re.compile(r"\.(tmp|trash)-(step_\d{6,}.*|.+\.jsonl)")
 # a manifest must not reach outside its folder
 FILE = re.compile(r"(resume/)?\w[\w.-]{0,200}")
-# of moments in a file, and in memory at once beside the optimizer
+OPTIM, RNG = "resume/optim.safetensors", "resume/rng.safetensors"
+NEEDED = {"config.json", "state.json", OPTIM, RNG}
+# of moments in a file but for its last, and in memory at once beside the optimizer
 SHARD_BYTES = 4 << 30
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # moments that have their parameter's shape
 LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "remainder")
+NUMBER = (int, float, type(None))  # what else an optimizer keeps
 
 
 class RunLocked(OSError):
@@ -87,17 +91,16 @@ def _sync(path):
         os.fsync(fd)
     except OSError as e:
         # some network file systems know no fsync of a folder: then they offer no more than they do
-        if e.errno not in (errno.EINVAL, errno.ENOTSUP) or not os.path.isdir(path):
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
         os.close(fd)
 
 
 def _make(run):
-    if run.is_dir():
-        return
-    run.mkdir(parents=True, exist_ok=True)
-    _sync(run.parent)  # a power cut must not take the whole run folder along
+    if not run.is_dir():
+        run.mkdir(parents=True, exist_ok=True)
+        _sync(run.parent)  # a power cut must not take the whole run folder along
 
 
 def _sha256(path):
@@ -127,26 +130,17 @@ def _delete(path):
 
 
 def _manifest(folder) -> dict:
-    """{file name: {"bytes", "sha256"}} of a checkpoint; CheckpointError, FileNotFoundError or
+    """{file name: (bytes, SHA-256)} of a checkpoint; CheckpointError, FileNotFoundError or
     ValueError if there is no sound one."""
-    manifest = read_json(folder / "MANIFEST.json")
-    files = manifest.get("files")
-    if manifest.get("format") != FORMAT or not isinstance(files, dict):
-        raise CheckpointError(f"{folder / 'MANIFEST.json'}: not a {FORMAT!r} manifest")
-    bad = [
-        n
-        for n, e in files.items()
-        if not FILE.fullmatch(n) or not isinstance(e, dict) or not {"bytes", "sha256"} <= e.keys()
-    ]
-    if bad:
-        raise CheckpointError(f"{folder / 'MANIFEST.json'}: cannot use the entry {bad[0]!r:.80}")
-    if (
-        lost := {"config.json", "state.json", "resume/optim.safetensors", "resume/rng.safetensors"}
-        - files.keys()
-    ):
-        raise CheckpointError(
-            f"{folder / 'MANIFEST.json'}: does not list {', '.join(sorted(lost))}"
-        )
+    path = folder / "MANIFEST.json"
+    manifest = read_json(path)
+    try:
+        files = {n: (e["bytes"], e["sha256"]) for n, e in manifest["files"].items()}
+    except (AttributeError, KeyError, TypeError):
+        files = {}
+    named_well = NEEDED <= files.keys() and all(map(FILE.fullmatch, files))
+    if manifest.get("format") != FORMAT or not named_well:
+        raise CheckpointError(f"{path}: not a {FORMAT!r} manifest")
     return files
 
 
@@ -158,15 +152,13 @@ def damage(folder, hashes=True) -> str:
         files = _manifest(folder)
     except (OSError, ValueError) as e:
         return str(e)
-    for name, entry in files.items():
+    for name, (size, sha256) in files.items():
+        path = folder / name
         try:
-            size = (folder / name).stat().st_size
-            if size != entry["bytes"]:
-                wrong.append(f"{name} has {size} bytes, not {entry['bytes']!r:.20}")
-            elif hashes and _sha256(folder / name) != entry["sha256"]:
-                wrong.append(f"{name} is damaged (SHA-256 differs)")
-        except FileNotFoundError:
-            wrong.append(f"{name} is missing")
+            found = path.stat().st_size
+            if found != size or hashes and _sha256(path) != sha256:
+                written = f"{size!r:.20}"
+                wrong.append(f"{name} is damaged ({found} bytes, not the {written} written)")
         except OSError as e:
             wrong.append(f"{name} cannot be read ({e.strerror or e})")
     return f"{folder}: " + "; ".join(wrong[:20]) if wrong else ""
@@ -175,16 +167,12 @@ def damage(folder, hashes=True) -> str:
 def _steps(run) -> list[tuple[int, Path]]:
     """(step, folder) of everything that is named like a checkpoint, newest first; a replacement
     before what it replaces."""
-    try:
-        found = [(STEP.fullmatch(p.name), p) for p in Path(run).iterdir() if p.is_dir()]
-    except FileNotFoundError:
-        return []
-    return [
-        (int(m[1]), p)
-        for m, p in sorted(
-            ((m, p) for m, p in found if m), key=lambda mp: (-int(mp[0][1]), bool(mp[0][2]))
-        )
-    ]
+    run, found = Path(run), []
+    for folder in run.iterdir() if run.exists() else ():
+        match = STEP.fullmatch(folder.name)
+        if match and folder.is_dir():
+            found.append((int(match[1]), not match[2], folder))
+    return [(step, folder) for step, _, folder in sorted(found, reverse=True)]
 
 
 def latest(run, verify=True) -> Path | None:
@@ -204,8 +192,7 @@ def latest(run, verify=True) -> Path | None:
     if bad:
         raise CheckpointError(
             f"{run}: none of {len(bad)} checkpoints is whole (newest: {bad[0]}); restore one, or "
-            f"move the step_ folders "
-            "away to start again"
+            "move the step_ folders away to start again"
         )
     return None
 
@@ -214,62 +201,80 @@ def latest(run, verify=True) -> Path | None:
 # save
 
 
-def _moments(model, optimizer) -> tuple[dict, dict]:
-    """The optimizer's state by name: ({"<parameter>/<moment>": tensor}, {the same: number}). What
-    it does not hold is not there: AdamW has no state for a block that never had a gradient, and
-    zeros would not be the same (its step count starts later)."""
-    names, tensors, numbers = {id(p): name for name, p in model.named_parameters()}, {}, {}
+def _moments(model, optimizer) -> dict:
+    """The optimizer's state by name: {"<parameter>/<moment>": tensor or number}. What it does not
+    hold is not there: AdamW has no state for a block that never had a gradient, and zeros would not
+    be the same (its step count starts later)."""
+    names, found = {p: name for name, p in model.named_parameters()}, {}
     for p, moments in optimizer.state.items():
-        if id(p) not in names:
-            raise ValueError(
-                "the optimizer has state for a tensor that is not a parameter of the model"
-            )
+        if p not in names:
+            raise ValueError("the optimizer has state of what is not a parameter of the model")
         for key, value in moments.items():
-            if not (value is None or isinstance(value, (torch.Tensor, int, float))):
-                raise ValueError(
-                    f"the optimizer keeps a {type(value).__name__} as {key}; only tensors and "
-                    f"numbers can be saved"
-                )
-            (tensors if isinstance(value, torch.Tensor) else numbers)[f"{names[id(p)]}/{key}"] = (
-                value
-            )
-    return tensors, numbers
+            if not isinstance(value, (torch.Tensor, *NUMBER)):
+                kind = type(value).__name__
+                raise ValueError(f"cannot save a {kind} as {key}: it is no tensor and no number")
+            found[f"{names[p]}/{key}"] = value
+    return found
 
 
 def _finite(value) -> bool:
-    if not isinstance(value, torch.Tensor):
-        return value is None or math.isfinite(value)
-    if not value.is_floating_point() or not value.numel():
-        return True
-    # NaN wins in both, and unlike isfinite(value).all() this takes no memory
-    low, high = value.detach().aminmax()
-    return bool(low.isfinite() and high.isfinite())
+    t = torch.as_tensor(0 if value is None else value).detach()
+    # NaN wins in both extremes, and unlike isfinite(t).all() they take no memory
+    return not t.numel() or all(extreme.isfinite() for extreme in t.aminmax())
 
 
 def bytes_needed(model, optimizer) -> int:
     """Bytes a checkpoint takes on disk now, about. Adam's moments exist only after the first step;
     then it is three times the weights."""
-    tensors = [*model.parameters(), *_moments(model, optimizer)[0].values()]
+    values = [*model.parameters(), *_moments(model, optimizer).values()]
     # headers and the small files too
-    return sum(t.nbytes for t in tensors) + 512 * len(tensors) + (1 << 16)
+    return sum(getattr(t, "nbytes", 0) + 512 for t in values) + (1 << 16)
 
 
-def _save_moments(folder, tensors, numbers, optimizer):
-    shards, size = [{}], 0
-    for name, t in tensors.items():
-        size += t.nbytes
-        if size > SHARD_BYTES and shards[-1]:
-            shards.append({})
-            size = t.nbytes
-        shards[-1][name] = t
+def _check(name, model, moments):
+    """Raise for weights and moments that must not, or cannot, be saved as they are."""
+    params = dict(model.named_parameters())
+    if len({p.dtype for p in params.values()}) > 1:
+        raise ValueError("the weights have several dtypes: a checkpoint would round some")
+    for n, value in (params | moments).items():
+        if not _finite(value):
+            raise FloatingPointError(
+                f"{name} not saved: {n} holds NaN or Inf; earlier checkpoints are untouched"
+            )
+
+
+def _save_moments(folder, moments, optimizer):
+    shards, size, numbers = defaultdict(dict), 0, {}
+    for name, value in moments.items():
+        if isinstance(value, torch.Tensor):
+            shards[size // SHARD_BYTES][name] = value
+            size += value.nbytes
+        else:
+            numbers[name] = value
     about = {"optimizer": type(optimizer).__name__, "numbers": json.dumps(numbers)}
-    for i, shard in enumerate(shards, 1):
-        shard = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in shard.items()}
-        save_file(
-            shard,
-            folder / ("optim.safetensors" if i == 1 else f"optim-{i}.safetensors"),
-            metadata=about,
-        )
+    for i, shard in enumerate(shards.values() or [{}], 1):
+        path = folder / (f"optim-{i}.safetensors" if i > 1 else "optim.safetensors")
+        on_cpu = {name: t.detach().cpu().contiguous() for name, t in shard.items()}
+        save_file(on_cpu, path, metadata=about)
+
+
+def _write(tmp, model, optimizer, moments, state, tokenizer_from):
+    """Write a whole checkpoint into a new folder, and have the disk hold it."""
+    (tmp / "resume").mkdir(parents=True)
+    save_model(model, tmp, tokenizer_from)
+    _save_moments(tmp / "resume", moments, optimizer)
+    save_file({"torch_cpu": torch.get_rng_state()}, tmp / RNG)
+    (tmp / "state.json").write_text(state, encoding="utf-8")
+    files = {}
+    for path in sorted(tmp.rglob("*")):
+        if path.is_file():
+            _sync(path)
+            entry = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            files[path.relative_to(tmp).as_posix()] = entry
+    manifest = tmp / "MANIFEST.json"
+    manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
+    for path in (manifest, tmp / "resume", tmp):
+        _sync(path)
 
 
 def _commit(tmp, final):
@@ -292,7 +297,7 @@ def _commit(tmp, final):
 def save(run, step: int, model, optimizer, state: dict, tokenizer_from=None, keep=2) -> Path:
     """Write run/step_<step>, or change nothing. Returns the folder once the disk holds it.
 
-    state           what the trainer wants back from `load`; must come through JSON unchanged.
+    state           what the trainer wants back from `restore`; must come through JSON unchanged.
                     "step" is added
     tokenizer_from  folder whose tokenizer files are copied, so that the checkpoint is a whole
                     Hugging Face model
@@ -304,29 +309,21 @@ def save(run, step: int, model, optimizer, state: dict, tokenizer_from=None, kee
     state that JSON cannot hold). Every time, the checkpoints that were there before are still
     there.
     """
-    run, name = Path(run), f"step_{step:06d}"
-    final, tmp, state = run / name, run / f".tmp-{name}-{os.getpid()}", {**state, "step": step}
-    try:
-        text = json.dumps(state, allow_nan=False, indent=1)
-    except (TypeError, ValueError) as e:
-        raise ValueError(f"{name}: the state cannot be written as JSON ({e})") from None
-    if json.loads(text) != state:
-        raise ValueError(f"{name}: JSON changes the state (a tuple? a key that is not a string?)")
+    run, name, state = Path(run), f"step_{step:06d}", {**state, "step": step}
     if step < 0 or keep < 0:
         raise ValueError(f"step {step}, keep {keep}: neither may be negative")
     if tokenizer_from is not None and not Path(tokenizer_from).is_dir():
         raise FileNotFoundError(f"{tokenizer_from}: no such folder to copy the tokenizer from")
-    params = dict(model.named_parameters())
-    if len({p.dtype for p in params.values()}) > 1:
-        raise ValueError("the weights have several dtypes: a checkpoint would round some")
-    tensors, numbers = _moments(model, optimizer)
-    if bad := next(
-        (n for n, value in {**params, **tensors, **numbers}.items() if not _finite(value)), None
-    ):
-        raise FloatingPointError(
-            f"{name} not saved: {bad} holds NaN or Inf; earlier checkpoints are untouched"
-        )
+    try:
+        text = json.dumps(state, allow_nan=False, indent=1)
+        if json.loads(text) != state:
+            raise ValueError("it would come back changed: a tuple? a key that is not a string?")
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"{name}: the state cannot be written as JSON ({e})") from None
+    moments = _moments(model, optimizer)
+    _check(name, model, moments)
 
+    final, tmp = run / name, run / f".tmp-{name}-{os.getpid()}"
     need, free = bytes_needed(model, optimizer), "unknown"
     try:
         _make(run)
@@ -334,20 +331,7 @@ def save(run, step: int, model, optimizer, state: dict, tokenizer_from=None, kee
         if free < need:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         _delete(tmp)
-        (tmp / "resume").mkdir(parents=True)
-        save_model(model, tmp, tokenizer_from)
-        _save_moments(tmp / "resume", tensors, numbers, optimizer)
-        save_file({"torch_cpu": torch.get_rng_state()}, tmp / "resume/rng.safetensors")
-        (tmp / "state.json").write_text(text, encoding="utf-8")
-        files = {p.relative_to(tmp).as_posix(): p for p in sorted(tmp.rglob("*")) if p.is_file()}
-        for p in files.values():
-            _sync(p)
-        entries = {n: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for n, p in files.items()}
-        (tmp / "MANIFEST.json").write_text(
-            json.dumps({"format": FORMAT, "files": entries}, indent=1), encoding="utf-8"
-        )
-        for p in (tmp / "MANIFEST.json", tmp / "resume", tmp):
-            _sync(p)
+        _write(tmp, model, optimizer, moments, text, tokenizer_from)
         _commit(tmp, final)
     except BaseException as e:  # Ctrl-C too
         _delete(tmp)
@@ -355,11 +339,8 @@ def save(run, step: int, model, optimizer, state: dict, tokenizer_from=None, kee
             raise
         raise NotSaved(
             f"{final}: not saved ({getattr(e, 'strerror', None) or e}): it takes about {need} "
-            f"bytes, "
-            f"{free} were free; earlier checkpoints are untouched"
+            f"bytes, {free} were free; earlier checkpoints are untouched"
         ) from None
-    if why := damage(final, hashes=False):
-        raise CheckpointError(f"{why}; written this moment: is another process at work here?")
     prune(run, step, keep)
     return final
 
@@ -367,7 +348,7 @@ def save(run, step: int, model, optimizer, state: dict, tokenizer_from=None, kee
 def prune(run, step, keep):
     """Delete whole checkpoints before that of `step`, which is safe, but for the newest keep - 1;
     keep 0 keeps all. On resume too: a kill may have come between a save and this."""
-    older = [p for s, p in _steps(Path(run)) if s < step and not damage(p, hashes=False)]
+    older = [p for s, p in _steps(run) if s < step and not damage(p, hashes=False)]
     for p in older[keep - 1 :] if keep else ():
         _delete(p)
 
@@ -376,73 +357,57 @@ def prune(run, step, keep):
 # load
 
 
-def _open(folder, names, stack) -> tuple[dict, dict]:
-    """Tensor name -> the open file that holds it, and the files' metadata. Nothing is read yet."""
-    found, about = {}, {}
+def _tensors(folder, names) -> dict:
+    """{name: tensor} of safetensors files: windows into them, read only where they are copied."""
+    found = {}
     for name in names:
         try:
-            f = stack.enter_context(safe_open(folder / name, framework="pt"))
+            found |= load_file(folder / name)
         except (SafetensorError, OSError) as e:
-            raise CheckpointError(
-                f"{folder / name}: not a readable safetensors file ({one_line([str(e)]):.100})"
-            ) from None
-        found.update(dict.fromkeys(f.keys(), f))
-        about.update(f.metadata() or {})
-    return found, about
+            why = f"not a readable safetensors file ({one_line([str(e)]):.100})"
+            raise CheckpointError(f"{folder / name}: {why}") from None
+    return found
 
 
-def _numbers(folder, about) -> dict:
-    """What the optimizer keeps as numbers, from the files' metadata; CheckpointError if they are
-    none."""
+def _kind(t) -> str:
+    return f"{DTYPES.get(t.dtype, t.dtype)} {list(t.shape)}"
+
+
+def _misfits(saved, targets, params, optimizer) -> list[str]:
+    """What keeps saved weights from going into their targets, and saved moments into the
+    optimizer."""
+    wrong = [f"{n} is missing" for n in targets if n not in saved]
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    for n, value in saved.items():
+        name, slash, key = n.rpartition("/")
+        p = params.get(name)
+        if n in targets:
+            have, want = _kind(value), _kind(targets[n])
+            if have != want:
+                wrong.append(f"{n} is {have}, the model's is {want}")
+        elif not slash:
+            wrong.append(f"{n} is not part of this model")
+        elif p not in held:
+            wrong.append(f"the optimizer holds no parameter for {n}")
+        elif key in LIKE_PARAMETER and getattr(value, "shape", None) != p.shape:
+            wrong.append(f"{n} has not the shape of its parameter, {list(p.shape)}")
+    return wrong
+
+
+def _is_generator_state(t) -> bool:
+    """Whether torch's generator can be set to this, tried on one of our own."""
     try:
-        numbers = json.loads(about.get("numbers", ""))
-    except (ValueError, RecursionError):
-        numbers = None
-    if not isinstance(numbers, dict) or not all(
-        v is None or isinstance(v, (int, float)) for v in numbers.values()
-    ):
-        raise CheckpointError(
-            f"{folder / 'resume/optim.safetensors'}: its metadata hold no numbers of an optimizer"
-        )
-    return numbers
+        torch.Generator().set_state(t)
+    except (TypeError, RuntimeError):
+        return False
+    return True
 
 
-def _generator_state(folder, rng) -> torch.Tensor:
-    """The state of torch's generator, tried on one of our own; CheckpointError if it is none."""
-    try:
-        state = rng["torch_cpu"].get_tensor("torch_cpu").clone()
-        torch.Generator().set_state(state)
-    except (KeyError, TypeError, RuntimeError) as e:
-        raise CheckpointError(
-            f"{folder / 'resume/rng.safetensors'}: no state of torch's generator "
-            f"({one_line([str(e)]):.80})"
-        ) from None
-    return state
-
-
-def _misfits(weights, moments, numbers, wanted, params, held) -> list[str]:
-    """All that keeps a checkpoint from going into these parameters and this optimizer, from headers
-    alone."""
-    wrong = [f"{n} is not part of this model" for n in weights if n not in wanted] + [
-        f"{n} is missing" for n in wanted if n not in weights
-    ]
-    for n in weights.keys() & wanted.keys():
-        view, (ours, _, rows) = weights[n].get_slice(n), wanted[n]
-        have = f"{view.get_dtype()} {view.get_shape()}"
-        want = f"{DTYPES.get(params[ours].dtype)} {[rows, *params[ours].shape[1:]]}"
-        if have != want:
-            wrong.append(f"{n} is {have}, the model's is {want}")
-    for full in (*moments, *numbers):
-        name, _, key = full.rpartition("/")
-        if name not in params or id(params[name]) not in held:
-            wrong.append(f"the optimizer holds no parameter for {full}")
-        elif (
-            key in LIKE_PARAMETER
-            and full in moments
-            and moments[full].get_slice(full).get_shape() != list(params[name].shape)
-        ):
-            wrong.append(f"{full} has not the shape of its parameter, {list(params[name].shape)}")
-    return sorted(wrong)
+def _are_numbers(numbers) -> bool:
+    """Whether this is what an optimizer keeps as numbers, "<parameter>/<moment>" by name."""
+    return isinstance(numbers, dict) and all(
+        "/" in name and isinstance(value, NUMBER) for name, value in numbers.items()
+    )
 
 
 @torch.no_grad()
@@ -459,46 +424,43 @@ def restore(folder, model, optimizer, verify=True) -> dict:
     folder = Path(folder)
     if why := damage(folder, verify):
         raise CheckpointError(f"cannot load: {why}")
-    files, state = _manifest(folder), read_json(folder / "state.json")
-    if type(state.get("step")) is not int:
-        raise CheckpointError(f"{folder / 'state.json'}: no step in it")
-    params, wanted = dict(model.named_parameters()), hf_tensors(model.config)
-    held = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    with ExitStack() as stack:
-        weights, _ = _open(
-            folder, [n for n in files if re.fullmatch(r"model[\w.-]*\.safetensors", n)], stack
-        )
-        moments, about = _open(folder, [n for n in files if n.startswith("resume/optim")], stack)
-        rng, _ = _open(folder, ["resume/rng.safetensors"], stack)
-        numbers, generator = _numbers(folder, about), _generator_state(folder, rng)
-        wrong, kind = (
-            _misfits(weights, moments, numbers, wanted, params, held),
-            type(optimizer).__name__,
-        )
-        if about.get("optimizer") != kind:
-            wrong.append(f"saved from optimizer {about.get('optimizer')}, this one is {kind}")
-        if wrong:
-            more = f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
-            raise CheckpointError(f"{folder}: does not fit: " + one_line(wrong[:20]) + more)
+    state = read_json(folder / "state.json")
+    saved = _tensors(folder, [n for n in _manifest(folder) if n.endswith(".safetensors")])
+    generator = saved.pop("torch_cpu", None)
+    with safe_open(folder / OPTIM, framework="pt") as f:
+        about = f.metadata() or {}
+    numbers, saved_by = parse_json(about.get("numbers", "").encode()), about.get("optimizer")
+    params, targets = dict(model.named_parameters()), {}
+    for name, (ours, row, rows) in hf_tensors(model.config).items():
+        targets[name] = params[ours][row : row + rows]
 
-        for name, (ours, row, rows) in wanted.items():
-            params[ours][row : row + rows].copy_(weights[name].get_tensor(name))
-        optimizer.state.clear()
-        for full, f in moments.items():
-            name, _, key = full.rpartition("/")
-            p, t = params[name], f.get_tensor(full)
-            # Adam counts its steps on the CPU unless told otherwise. And a copy: what safetensors
-            # returns is a window into the file
-            home = (
-                p.device
-                if t.dim() or held[id(p)].get("capturable") or held[id(p)].get("fused")
-                else "cpu"
-            )
-            optimizer.state[p][key] = t.to(home, copy=True)
-        for full, value in numbers.items():
-            name, _, key = full.rpartition("/")
-            optimizer.state[params[name]][key] = value
-        torch.set_rng_state(generator)
+    wrong, kind = [], type(optimizer).__name__
+    if saved_by != kind:
+        wrong.append(f"saved from optimizer {saved_by}, this one is {kind}")
+    if type(state.get("step")) is not int:
+        wrong.append("state.json: no step in it")
+    if not _is_generator_state(generator):
+        wrong.append(f"{RNG}: no state of torch's generator")
+    if _are_numbers(numbers):
+        saved |= numbers
+    else:
+        wrong.append(f"{OPTIM}: its metadata hold no numbers of an optimizer")
+    wrong += _misfits(saved, targets, params, optimizer)
+    if wrong:
+        lines = one_line(wrong[:20])
+        raise CheckpointError(f"{folder}: {len(wrong)} things do not fit: {lines}")
+
+    optimizer.state.clear()
+    for name, value in saved.items():
+        parameter, _, key = name.rpartition("/")
+        if name in targets:
+            targets[name].copy_(value)
+            continue
+        if isinstance(value, torch.Tensor):
+            # a copy, for a window into the file would change with it
+            value = place(optimizer, params[parameter], value.clone())
+        optimizer.state[params[parameter]][key] = value
+    torch.set_rng_state(generator)
     return state
 
 
@@ -522,31 +484,29 @@ def remove_leftovers(run):
     holding the lock."""
     run, gone = Path(run), []
     for _, folder in _steps(run):
-        if folder.suffix != ".old":
-            continue
         final = folder.with_suffix("")
+        if folder == final:
+            continue
         if not final.exists():  # killed between the two renames: the old one is still the one
             folder.rename(final)
             log(f"{final}: put back, the save that was to replace it did not finish")
         elif not damage(final):
-            _delete(folder)
-            gone.append(folder.name)
-    for path in sorted(
-        p for p in (run.iterdir() if run.is_dir() else ()) if LEFTOVER.fullmatch(p.name)
-    ):
+            gone.append(folder)
+    gone += sorted(path for path in run.glob(".*") if LEFTOVER.fullmatch(path.name))
+    for path in gone:
         _delete(path)
-        gone.append(path.name)
     if gone:
-        log(f"{run}: removed what an interrupted save left: {', '.join(gone)}")
+        names = ", ".join(path.name for path in gone)
+        log(f"{run}: removed what an interrupted save left: {names}")
 
 
 def discard(run):
     """Delete every checkpoint of a run, and its logs: for starting anew, while holding the lock."""
     for _, folder in _steps(run):
         _delete(folder)
-    for log in LOGS:
-        for name in (log, log + ".bak"):
-            _delete(Path(run) / name)
+    for name in LOGS:
+        for file in (name, name + ".bak"):
+            _delete(Path(run) / file)
 
 
 @contextmanager
@@ -569,25 +529,23 @@ def lock(run):
         ) from None
     with f:
         f.seek(0)
+        before = f.read(300).strip()
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunLocked(
-                f"{run}: in use by {f.read(300).strip() or 'another process'}; wait for it, or "
-                f"choose another folder"
+                f"{run}: in use by {before or 'another process'}; wait for it, or choose another "
+                "folder"
             ) from None
         except OSError as e:
             log(
-                f"{run}: this file system cannot lock ({e.strerror or e}): see to it yourself that "
-                f"one process writes here"
+                f"{run}: this file system cannot lock ({e.strerror}): one process at a time, please"
             )
-        if before := f.read(300).strip():
+        if before:
             log(f"{run}: taken over from {before}, which ended without a goodbye")
         f.truncate(0)
-        f.write(
-            f"pid {os.getpid()} on {socket.gethostname()} since "
-            f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n"
-        )
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        f.write(f"pid {os.getpid()} on {socket.gethostname()} since {now}\n")
         f.flush()
         try:
             yield
@@ -599,6 +557,14 @@ def lock(run):
                 run.rmdir()
 
 
+def _missing_newline(f) -> bytes:
+    """The newline that the end of a file lacks, if any: the torn row of a process that was killed
+    must not swallow the next."""
+    size = f.seek(0, os.SEEK_END)
+    f.seek(max(size - 1, 0))
+    return b"\n" if size and f.read(1) != b"\n" else b""
+
+
 class Log:
     """A JSONL file that grows by whole rows, for as long as a run lasts.
 
@@ -608,13 +574,9 @@ class Log:
     """
 
     def __init__(self, path):
-        self.path, self.waiting, self.told = Path(path), b"", False
+        self.path, self.told = Path(path), False
         self.file = open(path, "a+b", buffering=0)
-        if self.file.seekable() and (size := self.file.seek(0, os.SEEK_END)):
-            self.file.seek(size - 1)
-            # of a process that was killed: its torn row must not swallow the next
-            if self.file.read(1) != b"\n":
-                self.waiting = b"\n"
+        self.waiting = _missing_newline(self.file)
 
     def __enter__(self):
         return self
@@ -625,7 +587,7 @@ class Log:
             rows = self.waiting.count(b"\n")
             log(
                 f"{self.path}: still cannot be written; its last {rows} rows are lost, the last of "
-                f"them may be torn"
+                "them may be torn"
             )
         self.file.close()
 
@@ -642,16 +604,9 @@ class Log:
             if not self.told:
                 log(
                     f"{self.path}: cannot be written ({e.strerror or e}); training goes on, the "
-                    f"rows wait in memory"
+                    "rows wait in memory"
                 )
             self.told = True
-
-
-def _step_of(line):
-    try:
-        return json.loads(line)["step"] + 0
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return float("inf")  # not a row: torn by a crash, or zeros after a power cut
 
 
 def rewind(path, step: int) -> int:
@@ -662,28 +617,27 @@ def rewind(path, step: int) -> int:
     of a killed run). A whole last row without its newline gets it. Killed halfway, the file is as
     before or as after. A missing file is an empty one.
     """
-    path, cut, same = Path(path), [], True
+    path, cut = Path(path), []
     if not path.exists():
         return 0
     tmp, bak = path.with_name(f".tmp-{path.name}"), path.with_name(path.name + ".bak")
     with open(path, "rb") as rows, open(tmp, "wb") as kept:
         for line in rows:
+            try:
+                keep = parse_json(line)["step"] <= step
+            except (KeyError, TypeError):
+                keep = False  # not a row: torn by a crash, or zeros after a power cut
             whole = line.rstrip(b"\n") + b"\n"
-            same &= whole == line
-            if _step_of(line) <= step:
+            if keep:
                 kept.write(whole)
             else:
                 cut.append(whole)
-    if same and not cut:
+    if not cut and tmp.stat().st_size == path.stat().st_size:
         tmp.unlink()
         return 0
     if cut:
         with open(bak, "a+b") as f:
-            f.seek(max(f.seek(0, os.SEEK_END) - 1, 0))
-            # a kill tore the last line: it must not swallow the next
-            if f.read(1) not in (b"", b"\n"):
-                f.write(b"\n")
-            f.writelines(cut)
+            f.writelines([_missing_newline(f), *cut])
         _sync(bak)
         log(f"{path}: {len(cut)} lines after step {step} moved to {bak.name}")
     _sync(tmp)
@@ -699,5 +653,9 @@ def changed_settings(saved: dict, now: dict, keys) -> list[str]:
     Values are compared as JSON returns them, so (6, 26) is [6, 26]. What is missing is as None: a
     setting that there was not yet.
     """
-    saved, now = ({k: json.dumps(d.get(k), default=str) for k in keys} for d in (saved, now))
-    return [f"{k}: {saved[k]} -> {now[k]}" for k in keys if saved[k] != now[k]]
+    changed = []
+    for key in keys:
+        before, after = (json.dumps(d.get(key), default=str) for d in (saved, now))
+        if before != after:
+            changed.append(f"{key}: {before} -> {after}")
+    return changed

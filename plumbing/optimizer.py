@@ -38,11 +38,13 @@ import torch
 
 # Bytes a parameter, by part. Gradients are freed while the model samples; remainder and moments can
 # live on the host.
-PARTS = "weights", "gradients", "remainder", "moments"
 BYTES = {
-    "adamw": dict(zip(PARTS, (4, 4, 0, 8), strict=True)),  # all float32
-    "split-m32": dict(zip(PARTS, (2, 4, 2, 8), strict=True)),  # bfloat16 weights
-    "split": dict(zip(PARTS, (2, 4, 2, 6), strict=True)),  # and a float16 first moment
+    # all float32
+    "adamw": {"weights": 4, "gradients": 4, "remainder": 0, "moments": 8},
+    # bfloat16 weights
+    "split-m32": {"weights": 2, "gradients": 4, "remainder": 2, "moments": 8},
+    # and a float16 first moment
+    "split": {"weights": 2, "gradients": 4, "remainder": 2, "moments": 6},
 }
 STATE = ("remainder", "exp_avg", "exp_avg_sq")  # the tensors among a parameter's state
 
@@ -77,6 +79,18 @@ def join(weight: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
     """The float32 master of a bfloat16 weight and its int16 remainder, a new tensor of their
     shape."""
     return ((weight.view(torch.int16).int() << 16) + remainder).view(torch.float32)
+
+
+def place(optimizer, p, t):
+    """A tensor of the state of parameter p, put where the optimizer looks for it: beside p; with
+    SplitAdamW's `offload` in host memory, pinned so that a GPU reads and writes it by itself (torch
+    rounds each tensor up to a power of two bytes). Step counts of torch's optimizers are on the CPU
+    unless told otherwise."""
+    settings = optimizer.defaults
+    if settings.get("offload"):
+        return t.cpu().pin_memory() if torch.cuda.is_available() else t.cpu()
+    beside = t.dim() or settings.get("fused") or settings.get("capturable")
+    return t.to(p.device if beside else "cpu")
 
 
 class SplitAdamW(torch.optim.Optimizer):
@@ -117,53 +131,44 @@ class SplitAdamW(torch.optim.Optimizer):
         moment_dtype=torch.float16,
         offload=False,
     ):
-        self.offload = offload
-        super().__init__(
-            params,
-            dict(
-                lr=lr,
-                betas=tuple(betas),
-                eps=eps,
-                weight_decay=weight_decay,
-                moment_dtype=moment_dtype,
-            ),
+        settings = dict(
+            lr=lr,
+            betas=tuple(betas),
+            eps=eps,
+            weight_decay=weight_decay,
+            moment_dtype=moment_dtype,
+            offload=offload,
         )
-
-    def __getstate__(self):  # of a copy
-        return {**super().__getstate__(), "offload": self.offload}
+        super().__init__(params, settings)
 
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
-        if wrong := self._wrong(self.param_groups[-1]):
+        group = self.param_groups[-1]
+        if wrong := self._wrong(group):
             self.param_groups.pop()
             raise ValueError(f"SplitAdamW: {wrong}")
-        for p in self.param_groups[-1]["params"]:
+        for p in group["params"]:
             grad, p.grad = p.grad, None
             p.grad_dtype = torch.float32
             p.grad = None if grad is None else grad.float()
 
     @staticmethod
     def _wrong(group) -> str:
-        if not hasattr(torch.Tensor, "grad_dtype"):
-            return "this torch has no float32 gradients of bfloat16 weights: take 2.10 or later"
         for name in ("lr", "eps", "weight_decay"):
             if not 0 <= group[name] < math.inf:
                 return f"{name} {group[name]}: give a number from 0 up"
+        betas = group["betas"]
         # b1 <= b2 bounds m / sqrt(v)
-        if len(group["betas"]) != 2 or not 0 <= group["betas"][0] <= group["betas"][1] < 1:
-            return f"betas {group['betas']}: give two with 0 <= b1 <= b2 < 1"
+        if len(betas) != 2 or not 0 <= betas[0] <= betas[1] < 1:
+            return f"betas {betas}: give two with 0 <= b1 <= b2 < 1"
         if group["moment_dtype"] not in (torch.float16, torch.float32):
             return "moment_dtype: give torch.float16 or torch.float32"
         for p in group["params"]:
-            if p.dtype != torch.bfloat16:
+            kind = "sharded" if hasattr(p, "to_local") else p.dtype
+            if kind != torch.bfloat16:
                 return (
-                    f"a parameter of shape {list(p.shape)} is {p.dtype}: load the model in "
+                    f"a parameter of shape {list(p.shape)} is {kind}: load the model in "
                     "torch.bfloat16, or use torch.optim.AdamW"
-                )
-            if hasattr(p, "to_local"):
-                return (
-                    f"a parameter of shape {list(p.shape)} is sharded: use float32 and "
-                    "torch.optim.AdamW"
                 )
         return ""
 
@@ -178,42 +183,31 @@ class SplitAdamW(torch.optim.Optimizer):
             loss = closure() if closure else None
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    dtypes = torch.int16, group["moment_dtype"], torch.float32
-                    for key, dtype in zip(STATE, dtypes, strict=True):
-                        state[key] = self._home(
-                            torch.zeros_like(
-                                p, dtype=dtype, device="cpu" if self.offload else p.device
-                            )
-                        )
-                    state["step"] = 0
-                state["step"] += 1
-                chunk = self.CHUNK_CPU if p.device.type == "cpu" else self.CHUNK
-                rows = max(1, chunk * (len(p) if p.dim() else 1) // max(1, p.numel()))
-                pieces = [
-                    torch.atleast_1d(t).split(rows)
-                    for t in (p, p.grad, *(state[key] for key in STATE))
-                ]
-                for weight, grad, *kept in zip(*pieces, strict=True):
-                    here = [self._fetch(t, p.device) for t in kept]
-                    self._update(weight, grad, *here, state["step"], group)
-                    for old, new in zip(kept, here, strict=True):
-                        if new is not old:
-                            old.copy_(new, non_blocking=True)
-        if self.offload and torch.cuda.is_available():
+                if p.grad is not None:
+                    self._update_parameter(p, group)
+        if self.defaults["offload"] and torch.cuda.is_available():
             torch.cuda.synchronize()  # whoever reads the state from the host must find it whole
         return loss
 
-    def _home(self, t):
-        """A state tensor where state lives: with offload in host memory that a GPU can read and
-        write by itself.
-
-        torch rounds each of these up to a power of two bytes.
-        """
-        return t.pin_memory() if self.offload and torch.cuda.is_available() else t
+    def _update_parameter(self, p, group):
+        """The update of one parameter, a few rows at a time."""
+        state = self.state[p]
+        if not state:
+            home = "cpu" if self.defaults["offload"] else p.device
+            dtypes = torch.int16, group["moment_dtype"], torch.float32
+            for key, dtype in zip(STATE, dtypes, strict=True):
+                state[key] = place(self, p, torch.zeros_like(p, dtype=dtype, device=home))
+            state["step"] = 0
+        state["step"] += 1
+        tensors = [torch.atleast_1d(t) for t in (p, p.grad, *map(state.get, STATE))]
+        chunk = self.CHUNK_CPU if p.device.type == "cpu" else self.CHUNK
+        rows = max(1, chunk * len(tensors[0]) // max(1, p.numel()))
+        pieces = [t.split(rows) for t in tensors]
+        for weight, grad, *kept in zip(*pieces, strict=True):
+            here = [self._fetch(t, p.device) for t in kept]
+            self._update(weight, grad, *here, state["step"], group)
+            for old, new in zip(kept, here, strict=True):
+                old.copy_(new, non_blocking=True)  # nothing to do where it is one tensor
 
     @staticmethod
     def _fetch(t, device):
@@ -225,20 +219,24 @@ class SplitAdamW(torch.optim.Optimizer):
     def _update(p, grad, remainder, exp_avg, v, t, group):
         """AdamW at step t, in place. The operations and their order are those of torch.optim.AdamW,
         hence equal bits."""
-        (b1, b2), lr, eps = group["betas"], group["lr"], group["eps"]
-
-        # what exp_avg is stored in; times 1 is exact
-        def unit():
-            return v.sqrt().add_(eps) if exp_avg.dtype == torch.float16 else 1
-
-        w, g = join(p, remainder), grad.float()
-        m = exp_avg.float().mul_(unit()).lerp_(g, 1 - b1)
+        b1, b2 = group["betas"]
+        lr, eps = group["lr"], group["eps"]
+        half = exp_avg.dtype == torch.float16  # then it holds m / (sqrt(v) + eps)
+        w = join(p, remainder)
+        g = grad.float()  # a deep copy of a parameter forgets its grad_dtype
+        m = exp_avg.float()
+        if half:
+            m.mul_(v.sqrt().add_(eps))
+        m.lerp_(g, 1 - b1)
         v.mul_(b2).addcmul_(g, g, value=1 - b2)
         w.mul_(1 - lr * group["weight_decay"])
-        w.addcdiv_(m, (v.sqrt() / (1 - b2**t) ** 0.5).add_(eps), value=-lr / (1 - b1**t))
-        exp_avg.copy_(m.div_(unit()))
-        for old, new in zip((p, remainder), split(w), strict=True):
-            old.copy_(new)
+        root = v.sqrt() / (1 - b2**t) ** 0.5
+        w.addcdiv_(m, root.add_(eps), value=-lr / (1 - b1**t))
+        if half:
+            exp_avg.copy_(m.div_(v.sqrt().add_(eps)))
+        weight, rest = split(w)
+        p.copy_(weight)
+        remainder.copy_(rest)
 
     def master(self, p: torch.Tensor) -> torch.Tensor:
         """The float32 weights that training knows behind a parameter, a new tensor of its shape."""
@@ -251,16 +249,15 @@ class SplitAdamW(torch.optim.Optimizer):
 
         Raises ValueError for the state of another optimizer.
         """
-        if not all({*STATE} <= saved.keys() for saved in state_dict["state"].values()):
+        saved = state_dict["state"]
+        if not all({*STATE} <= state.keys() for state in saved.values()):
             raise ValueError(
                 f"SplitAdamW: the state to load lacks {', '.join(STATE)}; it is another "
-                f"optimizer's: start without it"
+                "optimizer's: start without it"
             )
-        super().load_state_dict(state_dict)
-        ours = [p for group in self.param_groups for p in group["params"]]
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for p, i in zip(ours, ids, strict=True):
-            for key, t in state_dict["state"].get(i, {}).items():
-                if key in STATE:
-                    home = "cpu" if self.offload else p.device
-                    self.state[p][key] = self._home(t.to(home, copy=True))
+        super().load_state_dict({**state_dict, "state": {}})
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in enumerate(params):
+            if i in saved:
+                tensors = {key: place(self, p, saved[i][key].clone()) for key in STATE}
+                self.state[p] = saved[i] | tensors

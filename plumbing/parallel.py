@@ -45,14 +45,15 @@ import sys
 import time
 from collections import defaultdict
 from datetime import timedelta
+from itertools import repeat
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from model import Transformer
+from plumbing.optimizer import place
 
 LOST = 7  # exit code: another rank died or does not answer
 
@@ -83,19 +84,19 @@ def start():
     seconds = os.environ.get("NANOBUPO_TIMEOUT", "1800")
     if not seconds.isdigit() or int(seconds) < 1:
         raise ValueError(f"NANOBUPO_TIMEOUT is {seconds!r:.40}: give whole seconds, at least 1")
-    if cuda := torch.cuda.is_available():
-        place, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if place >= count:
+    backend = "gloo"
+    if torch.cuda.is_available():
+        # answers and metrics travel through gloo as bytes on the CPU, weights and gradients of GPUs
+        # through nccl
+        backend = "cpu:gloo,cuda:nccl"
+        gpu, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if gpu >= count:
             raise ValueError(
                 f"this machine has {count} GPUs: start at most that many processes "
                 f"(--nproc-per-node {count})"
             )
-        torch.cuda.set_device(place)  # from here on "cuda" means this one
-    # answers and metrics travel through gloo as bytes on the CPU, weights and gradients of GPUs
-    # through nccl
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=int(seconds))
-    )
+        torch.cuda.set_device(gpu)  # from here on "cuda" means this one
+    dist.init_process_group(backend, timeout=timedelta(seconds=int(seconds)))
     if rank():
         sys.stdout = open(os.devnull, "w")
 
@@ -107,11 +108,15 @@ def stop():
 
 
 def end(code):
-    """Say goodbye to the other ranks and end this process. Under torchrun without taking Python
-    down in order: threads of the group may still be at work, and would abort it with another
-    code."""
+    """Say goodbye to the other ranks and end this process."""
     alone = world() == 1
     stop()
+    _exit(code, alone)
+
+
+def _exit(code, alone):
+    """End this process: under torchrun without taking Python down in order, for threads of the
+    group may still be at work, and would abort it with another code."""
     if alone:
         sys.exit(code)
     sys.stdout.flush()
@@ -133,10 +138,7 @@ def leave(line, code):
     if rank():
         time.sleep(1)
     print(f"rank {rank()}: {line}" if rank() else line, file=sys.stderr, flush=True)
-    if world() == 1:
-        sys.exit(code)
-    sys.stdout.flush()
-    os._exit(code)
+    _exit(code, world() == 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -168,20 +170,13 @@ def all_gather(items: list) -> list:
 
 def all_reduce(sums: dict[str, float]) -> dict[str, float]:
     """Sums over all ranks, name by name."""
-    if world() == 1:
-        return sums
-    values = torch.tensor(list(sums.values()), dtype=torch.float64)
-    dist.all_reduce(values)
-    return dict(zip(sums, values.tolist(), strict=True))
+    parts = all_gather([sums])
+    return {name: sum(part[name] for part in parts) for name in sums}
 
 
 def all_reduce_max(n: int) -> int:
     """The largest of all ranks' numbers."""
-    if world() == 1:
-        return n
-    most = torch.tensor(n)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return most.item()
+    return max(all_gather([n]))
 
 
 def in_step(batches: list) -> list:
@@ -195,14 +190,14 @@ def on_rank_0(f, *args, **kw):
     exception."""
     if world() == 1:
         return f(*args, **kw)
-    out = [None]
+    out = [None, None]
     if rank() == 0:
         try:
-            out = [(f(*args, **kw), None)]
+            out[0] = f(*args, **kw)
         except Exception as e:
-            out = [(None, e)]
+            out[1] = e
     dist.broadcast_object_list(out, src=0)
-    value, error = out[0]
+    value, error = out
     if error is not None:
         raise error
     return value
@@ -226,22 +221,17 @@ def shard(model, replicas=1, compute=torch.float32):
         raise ValueError(f"--replicas {replicas} must divide the number of processes, {world()}")
     if world() == 1:
         return model
-    shape, names = (
-        ((world(),), ("shard",))
-        if replicas == 1
-        else ((replicas, world() // replicas), ("replica", "shard"))
-    )
+    shape, names = (replicas, world() // replicas), ("replica", "shard")
+    if replicas == 1:
+        shape, names = shape[1:], names[1:]
     mesh = init_device_mesh(model.unembedding.device.type, shape, mesh_dim_names=names)
     policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # a sum: the loss has been divided by all ranks' tokens already
-            module.set_gradient_divide_factor(1.0)
-            # a plain one, which gloo knows too
-            module.set_force_sum_reduction_for_comms(True)
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        # a sum: the loss has been divided by all ranks' tokens already
+        module.set_gradient_divide_factor(1.0)
+        # a plain one, which gloo knows too
+        module.set_force_sum_reduction_for_comms(True)
     return model
 
 
@@ -250,11 +240,11 @@ def full_tensor(t):
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
-def plain(model, device, dtype=None) -> Transformer:
+def plain(model, device, dtype=None):
     """A model of the same shape in ordinary tensors, its weights not yet filled in; dtype None is
     the model's."""
     with torch.device("meta"):
-        out = Transformer(model.config)
+        out = type(model)(model.config)
     out.folder = model.folder
     return out.to(dtype or model.unembedding.dtype).to_empty(device=device).requires_grad_(False)
 
@@ -301,31 +291,17 @@ def gather(model, optimizer):
     if world() == 1:
         return model, optimizer
     model.reshard()
-
-    def keep(t):
-        return t if rank() or not isinstance(t, torch.Tensor) else t.cpu()
-
-    out, flat = (plain(model, "cpu"), copy.copy(optimizer)) if rank() == 0 else (None, None)
-    twins = dict(out.named_parameters()) if out else {}
-    state = defaultdict(dict)
-    for name, p in model.named_parameters():
-        full = full_tensor(p)
-        if out:
-            twins[name].copy_(full)
-        moments = {
-            key: keep(full_tensor(value))
-            for key, value in sorted(optimizer.state.get(p, {}).items())
-        }
-        if out and moments:
-            state[twins[name]] = moments
-        del full, moments
-    if out:
-        ours = {p: twins[name] for name, p in model.named_parameters()}
-        flat.state, flat.param_groups = (
-            state,
-            [{**g, "params": [ours[p] for p in g["params"]]} for g in optimizer.param_groups],
-        )
-    return out, flat
+    device = "meta" if rank() else "cpu"  # the other ranks take part, and keep nothing
+    out, flat = plain(model, device), copy.copy(optimizer)
+    twins = dict(zip(model.parameters(), out.parameters(), strict=True))
+    groups = optimizer.param_groups
+    flat.param_groups = [{**g, "params": [twins[p] for p in g["params"]]} for g in groups]
+    flat.state = defaultdict(dict)
+    for p, twin in twins.items():
+        twin.copy_(full_tensor(p))
+        for key, moment in optimizer.state.get(p, {}).items():
+            flat.state[twin][key] = full_tensor(moment).to(device)
+    return (None, None) if rank() else (out, flat)
 
 
 @torch.no_grad()
@@ -336,40 +312,21 @@ def scatter(out, flat, model, optimizer):
         return
     model.reshard()
 
-    def fill(t, full):
-        full = (
-            full.to(t.device)
-            if rank() == 0
-            else torch.empty(t.shape, dtype=t.dtype, device=t.device)
-        )
-        t.to_local().copy_(distribute_tensor(full, t.device_mesh, t.placements).to_local())
+    def steps_of(twin):
+        """Rank 0's step counts; and None for a moment, which has its parameter's shape and
+        follows."""
+        return {key: None if t.dim() else t for key, t in flat.state.get(twin, {}).items()}
 
-    twins = dict(out.named_parameters()) if rank() == 0 else {}
-    # moments that have their parameter's shape are announced by their dtype and follow; the rest,
-    # step counts, are in the table itself
-    table = on_rank_0(
-        lambda: {
-            name: {
-                key: v.dtype if isinstance(v, torch.Tensor) and v.dim() else v
-                for key, v in flat.state[q].items()
-            }
-            for name, q in twins.items()
-            if q in flat.state
-        }
-    )
+    def shards(p, full):
+        empty = torch.empty(p.shape, dtype=p.dtype, device=p.device)
+        full = empty if rank() else full.to(p.device, p.dtype)
+        return distribute_tensor(full, p.device_mesh, p.placements)
+
     optimizer.state.clear()
-    for name, p in model.named_parameters():
-        fill(p, twins.get(name))
-        for key, value in table.get(name, {}).items():
-            if isinstance(value, torch.dtype):
-                optimizer.state[p][key] = torch.zeros_like(p, dtype=value)
-                fill(optimizer.state[p][key], flat.state[twins[name]][key] if rank() == 0 else None)
-            else:
-                home = (
-                    p.device
-                    if optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
-                    else "cpu"
-                )
-                optimizer.state[p][key] = (
-                    value.to(home) if isinstance(value, torch.Tensor) else value
-                )
+    twins = repeat(None) if rank() else out.parameters()
+    for p, twin in zip(model.parameters(), twins, strict=False):
+        p.copy_(shards(p, twin))
+        for key, step in on_rank_0(steps_of, twin).items():
+            if step is None:
+                step = shards(p, flat and flat.state[twin][key])
+            optimizer.state[p][key] = place(optimizer, p, step)

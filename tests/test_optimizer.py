@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from model import Config, Transformer
 from plumbing import checkpoint
-from plumbing.optimizer import BYTES, STATE, SplitAdamW, bytes_per_parameter, join, split
+from plumbing.optimizer import BYTES, STATE, SplitAdamW, bytes_per_parameter, join, place, split
 
 SHAPES = [(64, 128), (96,), (4, 8, 32)]
 
@@ -399,6 +399,19 @@ def test_offloaded_state_is_fetched_in_pieces_and_changes_no_bit(monkeypatch):
     assert state_equal(a, b)
     # the piece under way and the one before, which Python still names
     assert max(most) <= 4096 * 8 * 2 < 512 * 256 * 8
+
+
+def test_state_is_placed_where_the_optimizer_keeps_it():
+    """A resumed run's too; the meta device plays the GPU."""
+    moment, step = torch.zeros(2, 3), torch.tensor(1.0)
+    p = torch.nn.Parameter(torch.zeros(2, 3, dtype=torch.bfloat16, device="meta"))
+    for optimizer, homes in (
+        (SplitAdamW([p]), ("meta", "cpu")),
+        (SplitAdamW([p], offload=True), ("cpu", "cpu")),
+        (torch.optim.AdamW([p]), ("meta", "cpu")),
+        (torch.optim.AdamW([p], capturable=True), ("meta", "meta")),
+    ):
+        assert tuple(place(optimizer, p, t).device.type for t in (moment, step)) == homes
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
