@@ -41,9 +41,9 @@ from plumbing.cli import guarded, no_memory, pick_device, printable
 from plumbing.data import DataError, batch, fingerprint, load_problems, needs_hub, without_shared
 from plumbing.hub import HUB, load_model, read_config, repository, resolve
 from plumbing.kernels import compile_blocks, compile_errors, plain_blocks
-from plumbing.memory import CONTEXT, choose, host_bytes, memory_plan, show_plan, table
+from plumbing.memory import host_bytes, memory_plan, show_plan, table
 from plumbing.metrics import Meter, timed
-from plumbing.optimizer import SplitAdamW
+from plumbing.optimizer import make_optimizer
 from plumbing.rows import each_row, one_line, read_json
 from plumbing.settings import is_gpu
 from plumbing.shapes import preset_config
@@ -117,9 +117,11 @@ def train(run, log):
         minis = mini_batches(groups, args)
         seen = before_updates(run, groups)
         if len(minis) > 1:  # before the first update the ratio is 1
-            store_old_logprobs(run, policy, minis)
+            for response, logprobs in all_logprobs(run, policy, minis):
+                response.old_logprobs = logprobs
         if run.reference:
-            store_reference_logprobs(run, run.policy(layer, run.reference), minis)
+            for response, logprobs in all_logprobs(run, run.policy(layer, run.reference), minis):
+                response.ref_logprobs = logprobs
 
         for mini in minis:
             gradient(run, policy, mini)
@@ -232,23 +234,13 @@ def before_updates(run, groups) -> dict:
 
 
 @timed("logprobs")
-def store_old_logprobs(run, policy, minis):
-    """The ratio's denominator: log-probs under the policy as it is before the step's first
-    update."""
+def all_logprobs(run, policy, minis) -> list:
+    """(response, its log-probs under a policy as it is now) of this rank's responses: the
+    denominator of the ratio, and what the KL term compares with."""
     # `backward` deals them to the same ranks
     local = [r for mini in minis for r in parallel.local_responses(mini)]
-    for r, logprobs in stored_logprobs(policy, local, run.args.micro_tokens):
-        r.old_logprobs = logprobs
     count_flops(run, policy, minis)
-
-
-@timed("logprobs")
-def store_reference_logprobs(run, policy, minis):
-    """What the KL term compares with: the same layer's policy of the starting model."""
-    local = [r for mini in minis for r in parallel.local_responses(mini)]
-    for r, logprobs in stored_logprobs(policy, local, run.args.micro_tokens):
-        r.ref_logprobs = logprobs
-    count_flops(run, policy, minis)
+    return list(stored_logprobs(policy, local, run.args.micro_tokens))
 
 
 def count_flops(run, policy, minis, times=1):
@@ -295,18 +287,7 @@ def gradient(run, policy, mini):
 
 @timed("optimizer")
 def clip(run) -> torch.Tensor:
-    return clip_gradients(run.model, run.args.grad_clip)
-
-
-def clip_gradients(model, limit) -> torch.Tensor:
-    """Scale the gradients down to a joint norm of at most `limit`; returns the norm before, summed
-    in float32 whatever their dtype."""
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]
-    norm = torch.stack([parallel.full_tensor(n) for n in norms]).norm()
-    for g in grads:
-        g.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+    return parallel.clip_gradients(run.model, run.args.grad_clip)
 
 
 @timed("optimizer")
@@ -540,28 +521,6 @@ def find_model(args) -> tuple[Config, Path | None]:
     return read_config(read_json(folder / "config.json")), folder
 
 
-def settle_memory(args, config, device, memory, host):
-    """Fill in the flags that follow from the memory there is; returns (flag, value, reason) of
-    each.
-
-    memory, host  bytes of a GPU that are free, and of the machine around it; of no meaning on a CPU
-    """
-    asked = config, args, memory, host, is_gpu(device), parallel.world()
-    chosen = parallel.on_rank_0(choose, *asked)
-    for name, value, _ in chosen:
-        setattr(args, name, value)
-    return chosen
-
-
-def free_memory(device) -> float:
-    """Bytes for this run: of a GPU what other programs leave, else what the machine has."""
-    if not is_gpu(device):
-        return host_bytes()
-    # our own context is there by now, and in the plan; the rest is for what the plan does not know,
-    # for it is not measured yet
-    return 0.97 * (torch.cuda.mem_get_info()[0] + CONTEXT)
-
-
 def load_data(args):
     """(problems to train on, held-out problems or []). What is held out is never trained on."""
     tests = []
@@ -594,26 +553,50 @@ def load_data(args):
     return problems, tests
 
 
+def master_dtype(args):
+    """Of the weights that are loaded: with one process those that compute, under torchrun the
+    float32 shards behind them."""
+    return torch.float32 if parallel.world() > 1 else getattr(torch, args.dtype)
+
+
+def prepare(args, device, memory, host):
+    """Find the model, settle what follows from it and from the machine, and say what the run will
+    do and take: (shape, folder or None)."""
+    config, folder = find_model(args)
+    settings.settle(args, config, device)
+    chosen = settings.settle_memory(args, config, device, memory, host)
+    settings.show_run(args, config, schedule(args, config), device)
+    show_plan(config, args, chosen, memory, is_gpu(device))
+    return config, folder
+
+
+def schedule(args, config) -> Schedule | None:
+    """The phases by the flags; None where they have to be measured first."""
+    if args.bupo_layer == "auto":
+        return None
+    return Schedule.parse(args.bupo_layer, args.bupo_steps, config.n_layers)
+
+
+def prompts_of(args, tokenizer, problems):
+    """(Problem, prompt ids) of every problem whose prompt fits, and how many did not."""
+    return encode_prompts(tokenizer, problems, args.max_prompt_tokens, args.system, args.thinking)
+
+
 def open_run(args) -> Run:
-    """Find the model, read the data, load the model, and before these refuse what can be refused
-    without them."""
+    """Read the data, find the model, load it, and before these refuse what can be refused without
+    them."""
     settings.check_known(args)
     # products as small as the embedded default's only lose from a second thread, and one thread
     # makes runs repeat bit for bit
     if args.model == "tiny":
         torch.set_num_threads(1)
-    device = pick_device(args.device)
-    if args.model != "tiny" and not Path(args.model).is_dir():
+    elif not Path(args.model).is_dir():
         repository(args.model)  # before any problem is fetched
+    device = pick_device(args.device)
     problems, tests = load_data(args)
-    config, folder = find_model(args)
+    memory = settings.free_memory(device)
+    config, folder = prepare(args, device, memory, host_bytes())
     args.model_commit = folder and download.commit(folder)
-    schedule = None
-    if args.bupo_layer != "auto":
-        schedule = Schedule.parse(args.bupo_layer, args.bupo_steps, config.n_layers)
-    memory = free_memory(device)
-    settings.settle(args, config, device)
-    chosen = settle_memory(args, config, device, memory, host_bytes())
 
     folder = folder or parallel.on_rank_0(tiny.warm_up, args.out / "warm-up", args.seed)
     model = load_model(folder, master_dtype(args), device)
@@ -624,41 +607,43 @@ def open_run(args) -> Run:
     if args.compile:
         compile_blocks(model)
     tokenizer = tokenizers.load_tokenizer(folder, args.format)
-    prompting = args.max_prompt_tokens, args.system, args.thinking
-    prompts, dropped = encode_prompts(tokenizer, problems, *prompting)
-    if tests:
-        tests = encode_prompts(tokenizer, tests, *prompting)[0]
+    prompts, dropped = prompts_of(args, tokenizer, problems)
+    settings.show_prompts(tokenizer, prompts, dropped)
+    tests = prompts_of(args, tokenizer, tests)[0] if tests else []
     compute, longest = getattr(torch, args.dtype), args.max_prompt_tokens + args.max_new_tokens
     model = parallel.shard(model, args.replicas, compute)
     sampler = Sampler(parallel.sampling_copy(model, compute), args.slots, longest, args.compile)
-    run = Run(args, model, tokenizer, sampler, prompts, tests, fingerprint(problems), schedule)
-    if schedule is None:
-        run.schedule = choose_schedule(run)
-    settings.show_run(args, config, run.schedule, device)
-    show_plan(config, args, chosen, memory, is_gpu(device))
-    settings.show_prompts(tokenizer, prompts, dropped)
+    run = Run(args, model, tokenizer, sampler, prompts, tests, fingerprint(problems))
+    if args.bupo_layer == "auto":
+        choose_layer(run)
+    run.schedule = schedule(args, config)
     return run
+
+
+def choose_layer(run):
+    """`--bupo-layer auto`: the paper's rule, measured on responses to the first prompts."""
+    groups = parallel.all_gather(sample(run, run.problems[:8], 1, 0))
+    sequences = [(r.prompt + r.ids, len(r.prompt)) for group in groups for r in group]
+    layer, evidence = parallel.on_rank_0(decompose.auto_layer, run.sampler.model, sequences)
+    print(f"--bupo-layer auto: layer {layer} ({evidence})")
+    run.args.bupo_layer = str(layer)
 
 
 def dry_run(args):
     """Say what a run would do and take, and show its first prompt where model and data are at hand.
     Loads no weights, downloads no model and writes nothing."""
     settings.check_known(args)
-    config, folder = find_model(args)
-    device = "cuda" if args.memory else pick_device(args.device)
-    settings.settle(args, config, device)
-    if args.memory and len(args.memory) > 1:
-        print(table({args.model: config}, args.memory, args))
+    sizes = args.memory or []
+    if len(sizes) > 1:
+        config, _ = find_model(args)
+        settings.settle(args, config, "cuda")
+        print(table({args.model: config}, sizes, args))
         return
-    memory, host = free_memory(device) if not args.memory else args.memory[0] * 1e9, host_bytes()
-    if args.memory:
-        host = float("inf")
-    chosen = settle_memory(args, config, device, memory, host)
-    schedule = None
-    if args.bupo_layer != "auto":
-        schedule = Schedule.parse(args.bupo_layer, args.bupo_steps, config.n_layers)
-    settings.show_run(args, config, schedule, device)
-    show_plan(config, args, chosen, memory, is_gpu(device))
+    if sizes:
+        _, folder = prepare(args, "cuda", sizes[0] * 1e9, float("inf"))
+    else:
+        device = pick_device(args.device)
+        _, folder = prepare(args, device, settings.free_memory(device), host_bytes())
     if any(needs_hub(name) for name in (args.data, args.eval_data) if name):
         print("problems: not read, a dry run fetches nothing")
         return
@@ -670,63 +655,7 @@ def dry_run(args):
         if args.model == "tiny":
             tiny.write_tokenizer(Path(scratch))
         tokenizer = tokenizers.load_tokenizer(folder or scratch, args.format)
-    prompting = args.max_prompt_tokens, args.system, args.thinking
-    settings.show_prompts(tokenizer, *encode_prompts(tokenizer, problems, *prompting))
-
-
-def master_dtype(args):
-    """Of the weights that are loaded: with one process those that compute, under torchrun the
-    float32 shards behind them."""
-    return torch.float32 if parallel.world() > 1 else getattr(torch, args.dtype)
-
-
-def choose_schedule(run) -> Schedule:
-    """`--bupo-layer auto`: the paper's rule, measured on responses to the first prompts."""
-    args, problems = run.args, run.problems[:8]
-    groups = parallel.all_gather(sample(run, problems, 1, 0))
-    sequences = [(r.prompt + r.ids, len(r.prompt)) for group in groups for r in group]
-    layer, evidence = parallel.on_rank_0(decompose.auto_layer, run.sampler.model, sequences)
-    print(f"--bupo-layer auto: layer {layer} ({evidence})")
-    args.bupo_layer = str(layer)
-    return Schedule.parse(args.bupo_layer, args.bupo_steps, run.model.config.n_layers)
-
-
-def make_optimizer(model, args):
-    """--optimizer over all parameters; decay applies to all, as in the reference."""
-    common = dict(params=model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(**common, fused=True)
-    moment_dtype = torch.float32 if args.optimizer == "split-m32" else torch.float16
-    return SplitAdamW(**common, moment_dtype=moment_dtype, offload=args.offload)
-
-
-def resume(run, model, optimizer) -> dict:
-    """Load the newest valid checkpoint of the run folder and rewind its logs; returns its state:
-    the step it stands after and the tokens sampled until then, 0 and 0 for a new run."""
-    args, out = run.args, run.args.out
-    checkpoint.remove_leftovers(out)
-    now = settings.as_json(args)
-    now |= {"data_sha256": run.data_sha256, "torch": torch.__version__}
-    now |= {"python": sys.version.split()[0], "commit": settings.commit()}
-    settings.check_folder(args, now, settings.MATHS)
-    if args.existing == "overwrite":
-        checkpoint.discard(out)
-    state, last = {"step": 0, "num_tokens": 0}, 0
-    if newest := checkpoint.latest(out):
-        # `latest` has just verified it
-        state |= checkpoint.restore(newest, model, optimizer, verify=False)
-        last = state["step"]
-        print(f"resuming {out} after step {last}", flush=True)
-        checkpoint.prune(out, last, args.keep)
-    else:
-        config = out / "config.json"
-        before = read_json(config) if config.exists() else {}
-        if checkpoint.changed_settings(before, now, settings.MATHS):
-            last = -1  # the row of step 0 that may be there is of another model
-    for name in checkpoint.LOGS:
-        checkpoint.rewind(out / name, last)
-    settings.write(out, now)
-    return state
+    settings.show_prompts(tokenizer, *prompts_of(args, tokenizer, problems))
 
 
 def rehearse(run):
@@ -772,7 +701,7 @@ def main(argv=None):
             run.reference = parallel.shard(weights, args.replicas, getattr(torch, args.dtype))
         run.optimizer = make_optimizer(run.model, args)
         gathered = parallel.gather(run.model, run.optimizer)
-        state = parallel.on_rank_0(resume, run, *gathered)
+        state = parallel.on_rank_0(settings.resume, args, run.data_sha256, *gathered)
         run.step, run.num_tokens = state["step"], state["num_tokens"]
         if run.step:
             parallel.scatter(*gathered, run.model, run.optimizer)

@@ -261,3 +261,12 @@ class SplitAdamW(torch.optim.Optimizer):
             if i in saved:
                 tensors = {key: place(self, p, saved[i][key].clone()) for key in STATE}
                 self.state[p] = saved[i] | tensors
+
+
+def make_optimizer(model, args):
+    """--optimizer over all parameters; decay applies to all, as in the reference."""
+    common = dict(params=model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(**common, fused=True)
+    moment_dtype = torch.float32 if args.optimizer == "split-m32" else torch.float16
+    return SplitAdamW(**common, moment_dtype=moment_dtype, offload=args.offload)

@@ -249,6 +249,17 @@ def plain(model, device, dtype=None):
     return out.to(dtype or model.unembedding.dtype).to_empty(device=device).requires_grad_(False)
 
 
+def clip_gradients(model, limit) -> torch.Tensor:
+    """Scale the gradients down to a joint norm of at most `limit`; returns the norm before, summed
+    in float32 whatever their dtype."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]
+    norm = torch.stack([full_tensor(n) for n in norms]).norm()
+    for g in grads:
+        g.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
 def local_tensor(t):
     """This rank's shard of a tensor; all of one that is not sharded."""
     return t.to_local() if isinstance(t, DTensor) else t

@@ -8,6 +8,7 @@ on with other values only if --existing override says so.
 import argparse
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -26,7 +27,15 @@ from plumbing.cli import (
     whole,
 )
 from plumbing.data import is_evaluation, span
-from plumbing.memory import default_new_tokens, flag, parameters, wrapped
+from plumbing.memory import (
+    CONTEXT,
+    choose,
+    default_new_tokens,
+    flag,
+    host_bytes,
+    parameters,
+    wrapped,
+)
 from plumbing.optimizer import BYTES
 from plumbing.recipes import RECIPES
 from plumbing.rows import read_json
@@ -397,6 +406,35 @@ def write(out, now):
     new.replace(out / "config.json")
 
 
+def resume(args, data_sha256, model, optimizer) -> dict:
+    """Load the newest valid checkpoint of the run folder and rewind its logs; returns its state:
+    the step it stands after and the tokens sampled until then, 0 and 0 for a new run."""
+    out = args.out
+    checkpoint.remove_leftovers(out)
+    now = as_json(args)
+    now |= {"data_sha256": data_sha256, "torch": torch.__version__}
+    now |= {"python": sys.version.split()[0], "commit": commit()}
+    check_folder(args, now, MATHS)
+    if args.existing == "overwrite":
+        checkpoint.discard(out)
+    state, last = {"step": 0, "num_tokens": 0}, 0
+    if newest := checkpoint.latest(out):
+        # `latest` has just verified it
+        state |= checkpoint.restore(newest, model, optimizer, verify=False)
+        last = state["step"]
+        print(f"resuming {out} after step {last}", flush=True)
+        checkpoint.prune(out, last, args.keep)
+    else:
+        config = out / "config.json"
+        before = read_json(config) if config.exists() else {}
+        if checkpoint.changed_settings(before, now, MATHS):
+            last = -1  # the row of step 0 that may be there is of another model
+    for name in checkpoint.LOGS:
+        checkpoint.rewind(out / name, last)
+    write(out, now)
+    return state
+
+
 # --------------------------------------------------------------------------------------------------
 # what follows from the model and the machine
 
@@ -428,6 +466,28 @@ def settle(args, config, device):
         args.logit_chunk = 1024 if on_gpu else 256
     if parallel.world() > 1 and args.optimizer is None:
         args.optimizer = "adamw"
+
+
+def free_memory(device) -> float:
+    """Bytes for this run: of a GPU what other programs leave, else what the machine has."""
+    if not is_gpu(device):
+        return host_bytes()
+    # our own context is there by now, and in the plan; the rest is for what the plan does not know,
+    # for it is not measured yet
+    return 0.97 * (torch.cuda.mem_get_info()[0] + CONTEXT)
+
+
+def settle_memory(args, config, device, memory, host):
+    """Fill in the flags that follow from the memory there is; returns (flag, value, reason) of
+    each.
+
+    memory, host  bytes of a GPU that are free, and of the machine around it; of no meaning on a CPU
+    """
+    asked = config, args, memory, host, is_gpu(device), parallel.world()
+    chosen = parallel.on_rank_0(choose, *asked)
+    for name, value, _ in chosen:
+        setattr(args, name, value)
+    return chosen
 
 
 # --------------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ def gradients(folder, tied, replicas=1, compute=torch.float32):
         gathered = set()
         with watching(model, lambda m, into=gathered: into.add(names[id(m)])):
             seen = backward(model, batch_of(), layer, 20)
-        norm = train.clip_gradients(model, 1.0)
+        norm = parallel.clip_gradients(model, 1.0)
         grads = {
             n: None if p.grad is None else parallel.full_tensor(p.grad).clone()
             for n, p in model.named_parameters()

@@ -12,6 +12,7 @@ import train
 from bupo import Schedule
 from grpo import Response
 from model import Config, Transformer
+from plumbing import parallel
 from plumbing.optimizer import SplitAdamW
 
 CONFIG = Config("qwen3", 512, 128, 4, 4, 2, 32, 256, tied=True)
@@ -68,7 +69,8 @@ def together(mode, lr, context=nullcontext):
     run.optimizer, policy = optimizer, run.policy(CONFIG.n_layers)
     with context():
         minis = train.mini_batches(groups(), run.args)
-        train.store_old_logprobs(run, policy, minis)
+        for response, logprobs in train.all_logprobs(run, policy, minis):
+            response.old_logprobs = logprobs
         for mini in minis:
             train.gradient(run, policy, mini)
             train.optimizer_step(run, mini, train.clip(run))
@@ -92,7 +94,7 @@ def one_at_a_time(mode, lr):
         optimizer.load_state_dict(copy.deepcopy(state))
         mini = [r for group in all_groups[i : i + 2] for r in group]
         backward(model, mini, CONFIG.n_layers, 400, **policy)
-        train.clip_gradients(model, 1.0)
+        parallel.clip_gradients(model, 1.0)
         optimizer.step()
     return master(model, optimizer)
 

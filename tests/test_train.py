@@ -20,7 +20,7 @@ import grpo
 import tiny
 import train
 from model import Config, Transformer
-from plumbing import checkpoint, figures, metrics, settings
+from plumbing import checkpoint, figures, metrics, optimizer, parallel, settings
 from plumbing.cli import guarded
 from plumbing.hub import load_model, save_model
 from rollout import Sampler
@@ -511,12 +511,12 @@ def arrived(folder, tmp_path_factory):
             "backward",
             "stored_logprobs",
             "Policy",
-            "clip_gradients",
-            "SplitAdamW",
         ):
             spy(m, train, name)
         spy(m, train.tokenizers, "load_tokenizer", "tokenizer")
         spy(m, train.checkpoint, "save")
+        spy(m, parallel, "clip_gradients")
+        spy(m, optimizer, "SplitAdamW")
         spy(m, Sampler, "generate")
         counted = train.reward
         m.setattr(train, "reward", lambda a, args: 0 * counted(a, args) + float(a.verdict.correct))
@@ -592,12 +592,13 @@ def test_gradients_are_clipped_to_a_joint_norm():
         torch.tensor([4.0]).bfloat16(),
     )
     assert (
-        train.clip_gradients(model, 10.0).item() == pytest.approx(5) and model.bias.grad.item() == 4
+        parallel.clip_gradients(model, 10.0).item() == pytest.approx(5)
+        and model.bias.grad.item() == 4
     )
-    assert train.clip_gradients(model, 1.0).item() == pytest.approx(
+    assert parallel.clip_gradients(model, 1.0).item() == pytest.approx(
         5
     ) and model.bias.grad.item() == pytest.approx(0.8, rel=1e-2)
-    assert train.clip_gradients(model, 1.0).dtype == torch.float32
+    assert parallel.clip_gradients(model, 1.0).dtype == torch.float32
 
 
 def test_watching_layers_on_fixed_responses(folder, tmp_path):
@@ -822,7 +823,7 @@ def test_the_rehearsal_runs_the_largest_batch_and_changes_nothing(folder, tmp_pa
     --micro-tokens, at full depth."""
     args = train.parse(flags(folder, tmp_path / "r", **{"micro-tokens": 100}))
     run = train.open_run(args)
-    run.optimizer, before, seen = train.make_optimizer(run.model, args), weights(folder), []
+    run.optimizer, before, seen = optimizer.make_optimizer(run.model, args), weights(folder), []
     real = train.backward
 
     def noted(policy, responses, max_tokens, **kw):

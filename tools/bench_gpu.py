@@ -35,7 +35,7 @@ from plumbing.cli import natural
 from plumbing.hub import save_model
 from plumbing.kernels import compile_blocks, flash, has_flash
 from plumbing.metrics import forward_flops, peak_gb
-from plumbing.optimizer import SplitAdamW
+from plumbing.optimizer import SplitAdamW, make_optimizer
 from plumbing.rows import one_line
 from rollout import Response, Sampler
 from tools import bench
@@ -162,7 +162,10 @@ def several_updates(device):
         groups = [rows[i : i + 2] for i in range(0, len(rows), 2)]
         start = flat(run.model.blocks.parameters())
         minis = train.mini_batches(groups, run.args)
-        train.store_old_logprobs(run, policy, minis)  # those before the first update
+        for response, logprobs in train.all_logprobs(
+            run, policy, minis
+        ):  # those before the first update
+            response.old_logprobs = logprobs
         for mini in minis:
             if not together:
                 policy = run.policy(config.n_layers, copy.deepcopy(run.model))
@@ -186,7 +189,7 @@ def trainer(config, device, **change):
     model = trainable(config, device)
     stand_in, sampler = SimpleNamespace(n_vocab=config.vocab_size), SimpleNamespace(model=model)
     run = train.Run(args, model, stand_in, sampler, [], [], "")
-    run.optimizer = train.make_optimizer(model, args)
+    run.optimizer = make_optimizer(model, args)
     return run
 
 
