@@ -51,14 +51,16 @@ def group_advantages(rewards: torch.Tensor, kind="grpo", eps=1e-6) -> torch.Tens
         advantages *= 1 / (rewards.std(1, keepdim=True) + eps)
     elif kind == "rloo":
         advantages *= G / (G - 1)
-    equal = (rewards == rewards[:, :1]).all(1, keepdim=True)
+    first = rewards[:, :1]
+    equal = (rewards == first).all(1, keepdim=True)
     return advantages.masked_fill(equal, 0.0)
 
 
 def overlong_penalty(length: int, limit: int, buffer: int) -> float:
     """What DAPO (arXiv 2503.14476) adds to the reward of a long response: 0 up to limit - buffer
     tokens, then down to -1 at the limit."""
-    return min(0.0, max(-1.0, (limit - buffer - length) / buffer))
+    penalty = (limit - buffer - length) / buffer
+    return min(0.0, max(-1.0, penalty))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -150,9 +152,11 @@ def batches(model, responses, max_tokens, pack=None):
 def plain_token_logprobs(h, unembedding, targets, temperature=1.0, n_vocab=None):
     """What `token_logprobs` computes, as one would write it down: [M,V] logits and their gradient
     are held, 5 GB each for 8,192 tokens of a vocabulary of 150,000."""
-    logprobs = (project(h, unembedding[:n_vocab]) / temperature).log_softmax(-1)
+    logits = project(h, unembedding[:n_vocab]) / temperature
+    logprobs = logits.log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(1, targets[:, None])[:, 0], entropy.detach()
+    own = logprobs.gather(1, targets[:, None])
+    return own[:, 0], entropy.detach()
 
 
 def token_logprobs(
@@ -176,18 +180,19 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, E, targets, temperature, n_vocab, chunk):
         logp = torch.empty(len(h), device=h.device)
-        entropy, lse = torch.empty_like(logp), torch.empty_like(logp)
+        entropy = torch.empty_like(logp)
+        lse = torch.empty_like(logp)
         rows = _rows(E, n_vocab)
         for i in range(0, len(h), chunk):
             part = slice(i, i + chunk)
             z = _logits(h[part], rows, temperature, n_vocab)  # [chunk, V] float32
             top = z.amax(-1, keepdim=True)
             z -= top
-            own = z.gather(1, targets[part, None])[:, 0]
+            own = z.gather(1, targets[part, None])
             e = z.exp()
             total = e.sum(-1)
             lse[part] = top[:, 0] + total.log()
-            logp[part] = own - total.log()
+            logp[part] = own[:, 0] - total.log()
             e *= z
             entropy[part] = (
                 total.log() - e.sum(-1) / total
@@ -202,7 +207,8 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad, _):
         h, E, targets, lse = ctx.saved_tensors
         temperature, n_vocab, chunk = ctx.rest
-        rows, dh = _rows(E, n_vocab), torch.empty_like(h)
+        rows = _rows(E, n_vocab)
+        dh = torch.empty_like(h)
         # float32 for half-precision weights too, see kernels.mm32
         dE = torch.zeros_like(E, dtype=torch.float32)
         for i in range(0, len(h), chunk):
@@ -251,7 +257,8 @@ class Policy:
         """[M,D]: what the unembedding sees where response tokens are drawn. They are picked before
         the final norm: prompts and padding never reach it."""
         h = self.model(batch.ids, **batch.forward)
-        return self.model.norm(h.flatten(0, -2)[batch.at])
+        h = h.flatten(0, -2)[batch.at]
+        return self.model.norm(h)
 
     def logprobs(self, batch: Batch):
         """Log-probs [M] of a batch's response tokens, with gradient, and entropy [M]."""
@@ -289,8 +296,9 @@ def policy_loss(
     and above. The log-ratio is held within +-20, so that exp never overflows.
     """
     ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()
+    near = ratio.clamp(1 - clip_low, 1 + clip_high)
     plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    clipped = -advantages * near
     loss = torch.maximum(plain, clipped)
     if dual_clip is not None:
         bounded = torch.minimum(loss, -advantages * dual_clip)
@@ -343,14 +351,12 @@ def backward(
     tis=None,
     pack=None,
 ) -> dict:
-    """Gradient of the clipped loss of one mini-batch, accumulated into .grad, and sums of what it
-    saw.
+    """Gradient of the clipped loss of a mini-batch, added to .grad, and sums of what it saw.
 
-    A token's weight in the loss follows from the whole mini-batch, counted here before it is split:
-    the gradient does not depend on `max_tokens` (of a micro-batch), on padding or packing (`pack`,
-    see `batches`), on the order of the responses, nor on the number of ranks they are dealt to.
-    Where no old log-probs are stored the ratio is 1 and its gradient that of log pi, which is right
-    for the first update on a batch.
+    A token's weight in the loss follows from the whole mini-batch: the gradient does not depend on
+    `max_tokens` (of a micro-batch), on padding or packing (`pack`, see `batches`), on the order of
+    the responses, nor on the number of ranks they are dealt to. Where no old log-probs are stored
+    the ratio is 1 and its gradient that of log pi, which is right for the first update on a batch.
 
     loss, limit  how tokens are weighed: see response_weights
     kl           adds kl * k3 against each response's ref_logprobs
@@ -373,17 +379,22 @@ def backward(
         old = logprobs.detach()
         if micro[0].old_logprobs is not None:
             old = torch.cat([r.old_logprobs for r in micro])
-        clips = clip_low, clip_high, dual_clip
-        surrogate, low, high = policy_loss(logprobs, old, batch.advantages, *clips)
+        surrogate, low, high = policy_loss(
+            logprobs, old, batch.advantages, clip_low, clip_high, dual_clip
+        )
         if tis and policy.layer == policy.model.config.n_layers:
-            sampler = torch.tensor([x for r in micro for x in r.logprobs], device=old.device)
-            surrogate = surrogate * (old - sampler).exp().clamp(max=tis)
+            drawn = [x for r in micro for x in r.logprobs]
+            ratio = (old - torch.tensor(drawn, device=old.device)).exp()
+            surrogate = surrogate * ratio.clamp(max=tis)
         k3 = torch.zeros_like(logprobs)
         if kl:
-            k3 = kl_to_reference(logprobs, torch.cat([r.ref_logprobs for r in micro]))
-        weight = per_token([r.weight for r in micro], batch.lengths).to(old.device)
-        value = ((surrogate + kl * k3) * weight).sum()
+            reference = torch.cat([r.ref_logprobs for r in micro])
+            k3 = kl_to_reference(logprobs, reference)
+        weight = per_token([r.weight for r in micro], batch.lengths)
+        value = ((surrogate + kl * k3) * weight.to(old.device)).sum()
         value.backward()
         for name, x in zip(sums, (value, entropy, low, high, k3), strict=True):
             sums[name] += x.detach().sum().item()
-    return {"tokens": sum(len(r.ids) for r in responses), **parallel.all_reduce(sums)}
+    sums = parallel.all_reduce(sums)
+    sums["tokens"] = sum(len(r.ids) for r in responses)
+    return sums

@@ -59,12 +59,14 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
 
     def forward(self, x):
         x32 = x.float()
-        inverse_rms = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (x32 * inverse_rms).to(x.dtype)
+        mean_square = x32.square().mean(-1, keepdim=True)
+        x32 = x32 * torch.rsqrt(mean_square + self.eps)
+        return self.weight * x32.to(x.dtype)
 
 
 class Block(nn.Module):
@@ -74,11 +76,14 @@ class Block(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
         self.layer = layer  # counts from 1
-        self.heads, self.head_dim = (c.n_heads, c.n_kv_heads, c.n_kv_heads), c.head_dim
+        self.head_dim = c.head_dim
+        self.heads = c.n_heads, c.n_kv_heads, c.n_kv_heads
         self.attn_norm = RMSNorm(c.d_model, c.norm_eps)
         self.qkv = Linear(c.d_model, sum(self.heads) * c.head_dim, bias=c.qkv_bias)
-        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.q_norm = self.k_norm = nn.Identity()
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.head_dim, c.norm_eps)
+            self.k_norm = RMSNorm(c.head_dim, c.norm_eps)
         self.o = Linear(c.n_heads * c.head_dim, c.d_model, bias=False)
         self.mlp_norm = RMSNorm(c.d_model, c.norm_eps)
         self.gate_up = Linear(c.d_model, 2 * c.d_mlp, bias=False)
@@ -90,18 +95,24 @@ class Block(nn.Module):
 
     def attn_out(self, x, angles, attend):
         """A^l: what attention adds to the residual stream x [..., D]."""
-        q, k, v = self.split_heads(self.qkv(self.attn_norm(x)), angles)
-        return self.o(attend(self.layer, q, k, v).flatten(-2))
+        qkv = self.qkv(self.attn_norm(x))
+        q, k, v = self.split_heads(qkv, angles)
+        mixed = attend(self.layer, q, k, v)
+        return self.o(mixed.flatten(-2))
 
     def split_heads(self, qkv, angles):
         """Queries [..., H, E], keys and values [..., K, E] out of one product, rotated to their
         positions."""
-        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split(self.heads, -2)
-        return rotate(self.q_norm(q), *angles), rotate(self.k_norm(k), *angles), v
+        heads = qkv.unflatten(-1, (-1, self.head_dim))
+        q, k, v = heads.split(self.heads, -2)
+        q = rotate(self.q_norm(q), *angles)
+        k = rotate(self.k_norm(k), *angles)
+        return q, k, v
 
     def mlp_out(self, x):
         """F^l: what the MLP adds to the residual stream x [..., D]."""
-        return self.down(self.gated(self.gate_up(self.mlp_norm(x))))
+        gate_up = self.gate_up(self.mlp_norm(x))
+        return self.down(self.gated(gate_up))
 
     def gated(self, gate_up):
         """silu(gate) * up: what stands between the two products of a SwiGLU (arXiv 2002.05202)."""
@@ -136,18 +147,22 @@ def rope(config: Config, position: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     # Llama 3.x: long wavelengths are stretched by `factor`, short ones kept, a ramp between
     if s := config.rope_scaling:
         wavelen = 2 * torch.pi / freq
+        turns = s["original_max_position_embeddings"] / wavelen
         low, high = s["low_freq_factor"], s["high_freq_factor"]
-        keep = ((s["original_max_position_embeddings"] / wavelen - low) / (high - low)).clamp(0, 1)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
         freq = (1 - keep) * freq / s["factor"] + keep * freq
     angle = position[..., None].float() * freq
-    return angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
+    angle = angle.unsqueeze(-2)  # the same for all heads
+    return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
     """Rotate x [..., heads, E]: component i pairs with component i + E/2, as Hugging Face
     checkpoints are laid out."""
     a, b = x.float().chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+    rotated_a = a * cos - b * sin
+    rotated_b = b * cos + a * sin
+    return torch.cat((rotated_a, rotated_b), -1).to(x.dtype)
 
 
 def causal(layer, q, k, v):
@@ -157,7 +172,9 @@ def causal(layer, q, k, v):
     `layer` is for those that keep keys and values. Right padding needs no mask: no real token looks
     to its right.
     """
-    q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
+    q = q.transpose(-3, -2)
+    k = k.transpose(-3, -2)
+    v = v.transpose(-3, -2)
     grouped = q.shape[-3] != k.shape[-3]
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     return out.transpose(-3, -2)
@@ -172,7 +189,8 @@ def packed(lengths, device):
     """
     # where all others have one token, the kernel counts an empty sequence among the queries
     lengths = [n for n in lengths if n]
-    starts, longest = [0, *accumulate(lengths)], max(lengths)
+    starts = [0, *accumulate(lengths)]
+    longest = max(lengths)
     offsets = torch.tensor(starts, dtype=torch.int32, device=device)
 
     def attend(layer, q, k, v):
@@ -180,7 +198,8 @@ def packed(lengths, device):
             return kernels.flash(q, k, v, offsets, offsets, longest, longest)
         parts = []
         for a, b in pairwise(starts):
-            parts.append(causal(layer, q[None, a:b], k[None, a:b], v[None, a:b])[0])
+            one = (t[None, a:b] for t in (q, k, v))
+            parts.append(causal(layer, *one)[0])
         return torch.cat(parts)
 
     return attend
@@ -200,9 +219,12 @@ class Transformer(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config, self.folder, self.recompute = config, None, False
+        self.config = config
+        self.folder = None
+        self.recompute = False
         self.embed = Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config, l) for l in range(1, config.n_layers + 1))
+        layers = range(1, config.n_layers + 1)
+        self.blocks = nn.ModuleList(Block(config, l) for l in layers)
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         if not config.tied:
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -221,7 +243,8 @@ class Transformer(nn.Module):
         position  like ids; None counts 0, 1, ... along the last dimension
         returns   H^until [B,T,D] in the dtype of the weights
         """
-        x, angles = self.embed(ids), self.angles(ids, position)
+        x = self.embed(ids)
+        angles = self.angles(ids, position)
         for block in self.blocks[:until]:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, angles, attend, use_reentrant=False)
@@ -231,13 +254,15 @@ class Transformer(nn.Module):
 
     def angles(self, ids, position=None):
         if position is None:
-            position = torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
+            position = torch.arange(ids.shape[-1], device=ids.device)
+            position = position.expand(ids.shape)
         return rope(self.config, position)
 
     def stream(self, ids, until=None, position=None, attend=causal):
         """Run like `forward` and yield one BlockStates a block, so that the states of a model of
         any depth need the memory of one block."""
-        x, angles = self.embed(ids), self.angles(ids, position)
+        x = self.embed(ids)
+        angles = self.angles(ids, position)
         for block in self.blocks[:until]:
             attn = block.attn_out(x, angles, attend)
             mid = x + attn
@@ -250,13 +275,20 @@ class Transformer(nn.Module):
         """Every state of the residual stream at once, for small models and for reading: see
         `stream` for large ones."""
         blocks = list(self.stream(ids))
-        lists = [[getattr(block, name) for block in blocks] for name in Residuals._fields[1:]]
-        return Residuals(self.embed(ids), *lists)
+        return Residuals(
+            self.embed(ids),
+            [block.attn_out for block in blocks],
+            [block.resid_mid for block in blocks],
+            [block.mlp_out for block in blocks],
+            [block.resid_post for block in blocks],
+        )
 
     def final(self, h, layer=None):
         """What the unembedding sees of H^layer: the final norm at layer L (None), the raw state
         below, as the paper defines pi^l."""
-        return self.norm(h) if layer is None or layer == self.config.n_layers else h
+        if layer is None or layer == self.config.n_layers:
+            return self.norm(h)
+        return h
 
     def unembed(self, h, layer=None):
         """float32 logits [..., V] of the internal layer policy: H^l E_u^T for l < L, norm(H^L)
@@ -281,7 +313,9 @@ class Transformer(nn.Module):
 def project(h, unembedding):
     """h [..., D] times E_u^T [D, V] as float32 [..., V]: logits are never rounded to bfloat16,
     where a step near 20 is 0.125."""
-    if h.is_cuda and kernels.half(unembedding.dtype) and not torch.is_grad_enabled():
+    half = kernels.half(unembedding.dtype)
+    if h.is_cuda and half and not torch.is_grad_enabled():
         rows = h.to(unembedding.dtype).flatten(0, -2)
-        return kernels.mm32(rows, unembedding.t()).unflatten(0, h.shape[:-1])
+        logits = kernels.mm32(rows, unembedding.t())
+        return logits.unflatten(0, h.shape[:-1])
     return kernels.linear(h.float(), unembedding.float())

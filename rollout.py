@@ -103,8 +103,8 @@ def exponential(count, key, step):
     row = mix(key ^ mix(step))[:, None]
     # uniform, 32 bits: small ones, which win, are exact
     u = (mix(item ^ row).float() + 0.5) * 2.0**-32
-    # a u rounded up to 1 would bar even a sure token
-    return -torch.log1p(-u.clamp(max=1 - 2.0**-24))
+    u = u.clamp(max=1 - 2.0**-24)  # rounded up to 1 it would bar even a sure token
+    return -torch.log1p(-u)
 
 
 def race(weights, key, step):
@@ -182,6 +182,18 @@ class Request(NamedTuple):
 TOKEN, POSITION, DRAWN, LIMIT, KEY, ALIVE = range(6)
 
 
+NOTHING_DONE = {
+    "tokens": 0,
+    "prompt_tokens": 0,
+    "steps": 0,
+    "recompiles": 0,
+    "occupancy": 1.0,
+    "seconds": 0.0,
+    "prefill_seconds": 0.0,
+    "decode_seconds": 0.0,
+}
+
+
 class Sampler:
     """Generate from a model with a fixed number of slots.
 
@@ -200,14 +212,15 @@ class Sampler:
     """
 
     def __init__(self, model: Transformer, slots=None, max_len=2048, compile=False, sync=None):
-        slots_ok = slots is None or slots >= 1
-        sync_ok = sync is None or sync >= 1
-        if not slots_ok or not sync_ok or max_len < 2:
-            raise ValueError(
-                f"a sampler needs at least 1 slot, 2 tokens a row and 1 step, not {slots}, "
-                f"{max_len} and {sync}"
-            )
-        self.model, self.slots, self.max_len = model, slots, max_len
+        for asked in (slots, max_len - 1, sync):
+            if asked is not None and asked < 1:
+                raise ValueError(
+                    f"a sampler needs at least 1 slot, 2 tokens a row and 1 step, not {slots}, "
+                    f"{max_len} and {sync}"
+                )
+        self.model = model
+        self.slots = slots
+        self.max_len = max_len
         self.device = model.unembedding.device
         self.compile = compile
         self.capture = self.device.type == "cuda"
@@ -216,7 +229,9 @@ class Sampler:
         self.run_step = self.step
         if compile:
             self.run_step = torch.compile(self.step, fullgraph=True, dynamic=False)
-        self.cache, self.stats, self.warm = None, {}, False
+        self.cache = None
+        self.stats = {}
+        self.warm = False
 
     def start(self):
         """Take the memory of the KV cache and of the per-row state; harmless if taken already.
@@ -240,7 +255,8 @@ class Sampler:
         self.cache = []
         for _ in range(c.n_layers):
             keys = torch.zeros(B, S, c.n_kv_heads, c.head_dim, dtype=dtype, device=device)
-            self.cache.append((keys, torch.zeros_like(keys)))
+            values = torch.zeros_like(keys)
+            self.cache.append((keys, values))
         self.rows = torch.arange(B, device=device)
         self.state = torch.zeros(6, B, dtype=torch.long, device=device)  # one tensor is one look
         self.ids = torch.zeros(B, S, dtype=torch.long, device=device)
@@ -282,7 +298,8 @@ class Sampler:
         """One token for each of the first `width` rows. live: how much of a row SDPA may attend to,
         an upper bound of position + 1."""
         rows = self.rows[:width]
-        token, position, drawn, limit, key, alive = self.state[:, :width]
+        state = self.state[:, :width]
+        token, position, drawn, limit, key, alive = state
         alive = alive > 0
         at = torch.where(alive, position, self.max_len)
         if self.flash:
@@ -299,8 +316,8 @@ class Sampler:
             return over_cache(q, keys[:width, :seen], values[:width, :seen])
 
         h = self.net(token, position=position, attend=attend)
-        # [B,V] float32, logits / T
-        z = torch.addcdiv(self.bias, self.net.unembed(h), self.temperature)
+        logits = self.net.unembed(h)
+        z = torch.addcdiv(self.bias, logits, self.temperature)  # [B,V] float32, logits / T
         top, best = z.max(-1, keepdim=True)
         weights = (z - top).exp_()
         sampled = race(weights, key, drawn)
@@ -311,9 +328,11 @@ class Sampler:
         column = torch.where(alive, drawn, self.max_len)
         self.ids[rows, column] = token
         self.logprobs[rows, column] = logprob
-        goes_on = alive & (drawn + 1 < limit) & ~self.stops[token]
+        has_room = drawn + 1 < limit
+        goes_on = alive & has_room & ~self.stops[token]
         position = torch.where(goes_on, position + 1, 0)  # a dead row looks at one token
-        after = torch.stack((token, position, drawn + alive, limit, key, goes_on))
+        drawn = drawn + alive
+        after = torch.stack((token, position, drawn, limit, key, goes_on))
         self.state[:, :width] = after
 
     def decode(self, width, live, steps):
@@ -324,7 +343,7 @@ class Sampler:
             elif self.compile:  # one shape
                 self.run_step(width, self.max_len)
             else:  # the live columns only, rounded up
-                columns = -(-(live + i) // 64) * 64
+                columns = (live + i + 63) // 64 * 64
                 self.run_step(width, min(columns, self.max_len))
 
     def record(self):
@@ -364,9 +383,9 @@ class Sampler:
         if not ids:
             return
         ids = torch.tensor(ids, device=self.device)
-        position, source, target = (
-            torch.cat(parts).to(self.device) for parts in (position, source, target)
-        )
+        position = torch.cat(position).to(self.device)
+        source = torch.cat(source).to(self.device)
+        target = torch.cat(target).to(self.device)
         apart = packed(lengths, self.device)
 
         def attend(layer, q, k, v):  # q [T,H,E], k and v [T,K,E]
@@ -421,22 +440,18 @@ class Sampler:
                 if limit > 0:
                     key = fold(seed, first + i, j)
                     waiting.append(Request(i, response, limit, key))
-        self.stats = {
-            "tokens": 0,
-            "prompt_tokens": 0,
-            "steps": 0,
-            "recompiles": 0,
-            "occupancy": 1.0,
-            "seconds": 0.0,
-            "prefill_seconds": 0.0,
-            "decode_seconds": 0.0,
-        }
+        self.stats = dict(NOTHING_DONE)
         if waiting:
             self.set_up(temperature, set(stop_ids), n_vocab)
             hidden = None if progress else True  # None: shown on a terminal
-            with tqdm(
-                total=len(waiting), desc=progress, disable=hidden, leave=False, unit="response"
-            ) as bar:
+            bar = tqdm(
+                total=len(waiting),
+                desc=progress,
+                disable=hidden,
+                leave=False,
+                unit="response",
+            )
+            with bar:
                 self.serve(waiting, bar)
         return groups
 
@@ -473,7 +488,8 @@ class Sampler:
         self.state.zero_()
         self.temperature.fill_(temperature or 1.0)
         self.greedy.fill_(temperature == 0)
-        self.bias.zero_()[n_vocab or V :] = -math.inf
+        self.bias.zero_()
+        self.bias[n_vocab or V :] = -math.inf
         self.stop_ids = stop_ids
         self.stops.zero_()
         for token in stop_ids:
@@ -526,7 +542,8 @@ class Sampler:
         stats["seconds"] = time.perf_counter() - begin
         if self.compile:
             compiled = kernels.compiled_graphs() - graphs_before
-            stats["recompiles"] = compiled - (not self.warm)
+            first = 0 if self.warm else 1
+            stats["recompiles"] = compiled - first
             self.warm = True
 
     def refill(self, waiting, serving, held):
@@ -541,11 +558,12 @@ class Sampler:
         state = []
         for slot in new:
             _, response, limit, key = serving[slot]
-            prompt = response.prompt
-            state.append((prompt[-1], len(prompt) - 1, 0, limit, key, 1))
+            last, position = response.prompt[-1], len(response.prompt) - 1
+            state.append((last, position, 0, limit, key, 1))
         prompts = {}
         for i, slots in groups.items():
-            prompts[i] = serving[slots[0]].response.prompt
+            request = serving[slots[0]]
+            prompts[i] = request.response.prompt
         fresh, computed = deque(groups), 0
         # requests go in order, so only the first prompt can have been prefilled before
         sources = [slot for slot, i in held.items() if i == fresh[0]]
@@ -555,7 +573,7 @@ class Sampler:
             for kv in self.all_caches():
                 kv[groups[i], :end] = kv[sources[0], :end].clone()
         while fresh:
-            batch, size = [], 0
+            batch, size = [], 0  # prompts of one prefill, its tokens
             while fresh:
                 length = len(prompts[fresh[0]])
                 if batch and size + length > PREFILL_TOKENS:
@@ -574,7 +592,9 @@ class Sampler:
     def close_ranks(self, serving):
         """Move the last live rows into the gaps before them, so that the next steps run on live
         rows alone."""
-        for gap in (slot for slot in range(len(serving)) if slot not in serving):
+        for gap in range(len(serving)):
+            if gap in serving:
+                continue
             last = max(serving)
             _, position, drawn, *_ = self.state[:, last].tolist()
             for kv in self.all_caches():
@@ -607,6 +627,4 @@ class Sampler:
                 )
             stats["tokens"] += drawn
         bar.update(len(done))
-        tokens = stats["tokens"] + sum(state[DRAWN][slot] for slot in serving)
-        seconds = stats["prefill_seconds"] + stats["decode_seconds"] or 1
-        bar.set_postfix_str(f"{tokens / seconds:,.0f} tok/s, {len(serving)} live", refresh=False)
+        bar.set_postfix_str(f"{len(serving)} live", refresh=False)

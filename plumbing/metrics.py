@@ -10,6 +10,7 @@ summary(rows)    the last line of a run
 import resource
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
@@ -24,8 +25,8 @@ from plumbing.rows import each_row
 class Meter:
     """What a step took and saw, filled in as it goes."""
 
-    seconds: dict = field(default_factory=dict)  # of its parts
-    sums: dict = field(default_factory=dict)  # over tokens, of all updates
+    seconds: Counter = field(default_factory=Counter)  # of its parts
+    sums: Counter = field(default_factory=Counter)  # over tokens, of all updates
     norms: list = field(default_factory=list)  # of the gradients of updates, before clipping
     flops: int = 0
     weights: torch.Tensor | None = None  # some of them, before the updates
@@ -42,11 +43,11 @@ class Meter:
         yield
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        self.seconds[part] = self.seconds.get(part, 0) + time.perf_counter() - start
+        self.seconds[part] += time.perf_counter() - start
 
     def add(self, sums):
         for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0) + value
+            self.sums[name] += value
 
 
 def timed(part):
@@ -72,8 +73,9 @@ def row(run, step, layer, groups, drawn) -> dict:
     sampled: more with dynamic sampling."""
     meter, n_layers = run.meter, run.model.config.n_layers
     rewards = torch.tensor([[r.reward for r in group] for group in drawn])
+    equal = (rewards == rewards[:, :1]).all(1)
     responses = [r for group in groups for r in group]
-    lengths = torch.tensor([len(r.ids) for r in responses], dtype=torch.float32)
+    lengths = torch.tensor([float(len(r.ids)) for r in responses])
     stopped = torch.tensor([r.stopped for r in responses])
     terminated = lengths[stopped].mean().item() if stopped.any() else None
     norms, sums = meter.norms, meter.sums
@@ -86,7 +88,7 @@ def row(run, step, layer, groups, drawn) -> dict:
         "reward": rewards.mean().item(),
         "reward_std": rewards.std().item(),
         "reward_group_std": rewards.std(1).mean().item(),
-        "frac_reward_zero_std": (rewards == rewards[:, :1]).all(1).float().mean().item(),
+        "frac_reward_zero_std": equal.float().mean().item(),
         "groups_sampled": len(rewards),
         "completions/mean_length": lengths.mean().item(),
         "completions/max_length": lengths.max().item(),
@@ -104,18 +106,19 @@ def row(run, step, layer, groups, drawn) -> dict:
         out["clip_ratio/high_mean"] = sums["clip_high"] / tokens
         if sums["kl"]:
             out["kl"] = sums["kl"] / tokens
-    for r in responses:
-        key = "verdict/" + r.verdict.reason.partition(":")[0]
-        out[key] = out.get(key, 0) + 1
+    verdicts = Counter(r.verdict.reason.partition(":")[0] for r in responses)
+    for reason, count in verdicts.items():
+        out[f"verdict/{reason}"] = count
     return out | speed(meter, out["response_tokens"])
 
 
 def speed(meter, response_tokens) -> dict:
     """Seconds of every part of the step, tokens sampled and operations done in a second."""
     seconds = dict(meter.seconds)
-    seconds["other"] = time.perf_counter() - meter.start - sum(seconds.values())
-    sampling = seconds.get("rollout", 0) + seconds.get("grade", 0)
-    training = sum(seconds.get(part, 0) for part in ("logprobs", "backward", "optimizer"))
+    total = time.perf_counter() - meter.start
+    seconds["other"] = total - sum(seconds.values())
+    sampling = meter.seconds["rollout"] + meter.seconds["grade"]
+    training = sum(meter.seconds[part] for part in ("logprobs", "backward", "optimizer"))
     return {
         "perf/rollout_tok_s": response_tokens / sampling,
         "perf/train_tflop_s": meter.flops / parallel.world() / training / 1e12,
@@ -137,11 +140,15 @@ def forward_flops(model, responses, layer) -> int:
     """Floating-point operations of the log-probs of responses at a layer: two for every weight and
     the tokens it meets, and attention's two products over what each token sees, which is n^2 / 2
     pairs. A backward takes twice as many."""
-    c, lengths = model.config, [r.total_length for r in responses]
-    body = sum(p.numel() for block in model.blocks[:layer] for p in block.parameters())
-    head = c.vocab_size * c.d_model * sum(len(r.ids) for r in responses)
-    pairs = sum(n * n for n in lengths)
-    return 2 * (body * sum(lengths) + head + layer * c.n_heads * c.head_dim * pairs)
+    c = model.config
+    tokens = sum(r.total_length for r in responses)
+    response_tokens = sum(len(r.ids) for r in responses)
+    pairs = sum(r.total_length**2 for r in responses)
+    weights = [p.numel() for p in model.blocks[:layer].parameters()]
+    body = sum(weights) * tokens
+    head = c.vocab_size * c.d_model * response_tokens
+    attention = layer * c.n_heads * c.head_dim * pairs
+    return 2 * (body + head + attention)
 
 
 def weights_sample(model, most=1 << 20):
@@ -188,7 +195,8 @@ def summary(rows, schedule):
             scores.append((row["eval/accuracy"], seconds, row))
     if len(scores) < 2:
         return None
-    (before, _, first), (after, _, last) = scores[0], scores[-1]
+    before, _, first = scores[0]
+    after, _, last = scores[-1]
     best, soonest, _ = max(scores, key=lambda s: (s[0], -s[1]))
     began = f" (step {first['step']})" if first["step"] else ""  # the row of step 0 is lost
     return (
@@ -208,8 +216,13 @@ def responses_of_step_1(path, vocab_size) -> list:
         if row["step"] > 1:  # rows stand in the order of steps
             break
         prompt, ids = row.get("prompt_ids"), row.get("ids")
-        if not (isinstance(prompt, list) and isinstance(ids, list) and prompt and ids):
-            continue
-        if all(type(token) is int and 0 <= token < vocab_size for token in prompt + ids):
+        if are_tokens(prompt, vocab_size) and are_tokens(ids, vocab_size):
             found.append((prompt + ids, len(prompt)))
     return found
+
+
+def are_tokens(ids, vocab_size) -> bool:
+    """Whether this, out of a file, is a list of token ids that is not empty."""
+    if not isinstance(ids, list) or not ids:
+        return False
+    return all(type(token) is int and 0 <= token < vocab_size for token in ids)
