@@ -10,6 +10,7 @@ and their index), the tokenizer's files.
 import json
 import re
 import shutil
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -68,13 +69,7 @@ HUB = {
     "mistral-nemo-instruct": "mistralai/Mistral-Nemo-Instruct-2407",
 }
 
-# model_type of config.json -> class of transformers
-FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "mistral": "MistralForCausalLM",
-}
+FAMILIES = "llama", "qwen2", "qwen3", "mistral"  # model_type of config.json
 
 # copied byte for byte beside the weights, so that a saved folder is a whole model
 TOKENIZER_FILES = (
@@ -115,7 +110,7 @@ def read_config(raw):
     if not isinstance(raw, dict):
         raise ValueError("config.json: not a JSON object")
     family = raw.get("model_type")
-    if family not in list(FAMILIES):
+    if family not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ValueError(
             f"config.json: model_type {family!r:.40} is not supported; this code reads {known}"
@@ -156,8 +151,7 @@ def read_config(raw):
         for value in (raw.get(key), rope.get(key)):
             if value not in (None, only):
                 wrong.append(f"{key}={value!r:.40} (supported: {only})")
-    # left out, mistral means a window of 4096
-    window = raw.get("sliding_window", 4096 if family == "mistral" else None)
+    window = raw.get("sliding_window", 4096)  # what it means to leave it out
     if window is not None and (family == "mistral" or raw.get("use_sliding_window")):
         wrong.append(f"sliding_window={window!r:.40}")
     if wrong:
@@ -195,7 +189,7 @@ def hf_config(c, dtype=torch.float32):
     not use are kept."""
     name = str(dtype).removeprefix("torch.")
     out = {
-        "architectures": [FAMILIES[c.family]],
+        "architectures": [c.family.title() + "ForCausalLM"],
         "hidden_act": "silu",
         **c.raw,
         "model_type": c.family,
@@ -430,8 +424,11 @@ def save_model(
         shapes[name] = pieces[name].to("meta", dtype)
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=shard_bytes)
     for file, names in split.filename_to_tensors.items():
-        shard = {name: pieces[name].to("cpu", dtype, copy=True) for name in names}
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        save_file(
+            {name: pieces[name].to("cpu", dtype, copy=True) for name in names},
+            folder / file,
+            metadata={"format": "pt"},
+        )
     files = [*split.filename_to_tensors]
     if split.is_sharded:
         files.append("model.safetensors.index.json")
@@ -443,9 +440,9 @@ def save_model(
         if ours and old.name not in files:
             old.unlink()
     (folder / "config.json").write_text(json.dumps(hf_config(c, dtype), indent=2) + "\n")
-    if tokenizer_from is not None:
-        for name in TOKENIZER_FILES:
-            source = Path(tokenizer_from) / name
-            if source.is_file() and source.resolve() != (folder / name).resolve():
+    for name in TOKENIZER_FILES if tokenizer_from else ():
+        source = Path(tokenizer_from) / name
+        if source.is_file():
+            with suppress(shutil.SameFileError):
                 shutil.copyfile(source, folder / name)
     return folder
