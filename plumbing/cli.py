@@ -19,8 +19,11 @@ from plumbing.rows import one_line, printable
 
 OUT_OF_MEMORY = (
     "out of memory: lower --slots or shorten --max-new-tokens; in training also lower "
-    "--micro-tokens or --logit-chunk, or "
-    "take --recompute, --optimizer split or --offload"
+    "--micro-tokens or --logit-chunk, or take --recompute, --optimizer split or --offload"
+)
+RANK_LOST = (
+    "another rank ended or does not answer: see what it printed; "
+    "checkpoints stand, run again to resume"
 )
 # exit code: the disk is full, or a checkpoint cannot be written for another reason
 DISK_FULL = 8
@@ -72,11 +75,7 @@ def guarded(main, argv=None):
             if no_memory(e):
                 message, code = OUT_OF_MEMORY, 6
             elif parallel.lost(e):
-                message = (
-                    "another rank ended or does not answer: see what it printed; "
-                    "checkpoints stand, run again to resume"
-                )
-                code = parallel.LOST
+                message, code = RANK_LOST, parallel.LOST
             else:
                 raise
             message = f"{message} ({one_line([str(e)]):.300})"
