@@ -171,23 +171,22 @@ def whole(text, least=0, most=MOST):
     raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number from {least} to {most:,}")
 
 
-def number(text, least=-3e38, most=3e38):
-    """argparse type: a number from `least` to `most`, and no smaller than float32 holds."""
+def number(text, least=-3e38, most=3e38, said="a number that float32 holds"):
+    """argparse type: a number from `least` to `most` that float32 holds; `said` names the range."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if least <= value <= most and not 0 < abs(value) < 1e-37:
         return value
-    bound = "on" if most > 1e38 else f"to {most:g}"
-    raise argparse.ArgumentTypeError(f"{text!r:.40} is not a number from {least:g} {bound}")
+    raise argparse.ArgumentTypeError(f"{text!r:.40} is not {said}")
 
 
 natural = partial(whole, least=1)
 seed = partial(whole, most=2**63 - 1)
-positive = partial(number, least=1e-37)
-amount = partial(number, least=0)
-share = partial(number, least=0, most=1)
+positive = partial(number, least=1e-37, said="a number above 0")
+amount = partial(number, least=0, said="a number from 0 on")
+share = partial(number, least=0, most=1, said="a number from 0 to 1")
 
 
 def given(text):
