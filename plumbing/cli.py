@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,8 +19,11 @@ from plumbing.rows import one_line, printable
 
 OUT_OF_MEMORY = (
     "out of memory: lower --slots or shorten --max-new-tokens; in training also lower "
-    "--micro-tokens or --logit-chunk, or "
-    "take --recompute, --optimizer split or --offload"
+    "--micro-tokens or --logit-chunk, or take --recompute, --optimizer split or --offload"
+)
+RANK_LOST = (
+    "another rank ended or does not answer: see what it printed; "
+    "checkpoints stand, run again to resume"
 )
 # exit code: the disk is full, or a checkpoint cannot be written for another reason
 DISK_FULL = 8
@@ -33,17 +37,15 @@ NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 
 def no_memory(error) -> bool:
     """Whether an error says that memory has run out; a CPU's shortage has no class of its own."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(
-        error
-    )
+    shortage = torch.OutOfMemoryError, MemoryError
+    return isinstance(error, shortage) or "DefaultCPUAllocator" in str(error)
 
 
 def disk_full(error) -> bool:
     """Whether an error says that the disk, or a quota on it, is full; safetensors' errors say it in
     their text alone."""
-    if isinstance(error, SafetensorError):
-        return any(f"os error {n}" in str(error) for n in NO_ROOM)
-    return getattr(error, "errno", None) in NO_ROOM
+    told = any(f"(os error {n})" in str(error) for n in NO_ROOM)
+    return told or getattr(error, "errno", None) in NO_ROOM
 
 
 def guarded(main, argv=None):
@@ -67,19 +69,13 @@ def guarded(main, argv=None):
             message, code = "interrupted", 130
         except FloatingPointError as e:
             message, code = e, 5
-        except SafetensorError as e:
-            message, code = e, DISK_FULL if disk_full(e) else 2
-        except (ValueError, OSError) as e:
+        except (ValueError, OSError, SafetensorError) as e:
             message, code = e, DISK_FULL if disk_full(e) else getattr(e, "exit_code", 2)
         except (RuntimeError, MemoryError) as e:
             if no_memory(e):
                 message, code = OUT_OF_MEMORY, 6
             elif parallel.lost(e):
-                message = (
-                    "another rank ended or does not answer: see what it printed; "
-                    "checkpoints stand, run again to resume"
-                )
-                code = parallel.LOST
+                message, code = RANK_LOST, parallel.LOST
             else:
                 raise
             message = f"{message} ({one_line([str(e)]):.300})"
@@ -168,51 +164,29 @@ MOST = 10**9
 
 
 def whole(text, least=0, most=MOST):
-    """argparse type: a whole number from `least` on."""
-    number = int(text) if re.fullmatch("[0-9]{1,30}", text) else -1
-    if least <= number <= most:
-        return number
-    bound = f"{least:,} to {most:,}" if number > most else f"{least} on"
-    raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number from {bound}")
+    """argparse type: a whole number from `least` to `most`."""
+    value = int(text) if re.fullmatch("[0-9]{1,30}", text) else -1
+    if least <= value <= most:
+        return value
+    raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number from {least} to {most:,}")
 
 
-def natural(text):
-    """argparse type: a whole number from 1 on."""
-    return whole(text, 1)
-
-
-def seed(text):
-    """argparse type: a whole number from 0 on that fits 63 bits."""
-    return whole(text, 0, 2**63 - 1)
-
-
-def number(text, least=-math.inf, most=math.inf, said="a number"):
-    """argparse type: a finite number from `least` to `most`, of a size that float32 holds; `said`
-    names the range."""
+def number(text, least=-3e38, most=3e38, said="a number that float32 holds"):
+    """argparse type: a number from `least` to `most` that float32 holds; `said` names the range."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if math.isfinite(value) and (abs(value) > 3e38 or 0 < abs(value) < 1e-37):
-        said = "a number that float32 holds"
-    elif least <= value <= most and math.isfinite(value):
+    if least <= value <= most and not 0 < abs(value) < 1e-37:
         return value
     raise argparse.ArgumentTypeError(f"{text!r:.40} is not {said}")
 
 
-def positive(text):
-    """argparse type: a number above 0."""
-    return number(text, sys.float_info.min, said="a number above 0")
-
-
-def amount(text):
-    """argparse type: a number from 0 on."""
-    return number(text, 0, said="a number from 0 on")
-
-
-def share(text):
-    """argparse type: a number from 0 to 1."""
-    return number(text, 0, 1, "a number from 0 to 1")
+natural = partial(whole, least=1)
+seed = partial(whole, most=2**63 - 1)
+positive = partial(number, least=1e-37, said="a number above 0")
+amount = partial(number, least=0, said="a number from 0 on")
+share = partial(number, least=0, most=1, said="a number from 0 to 1")
 
 
 def given(text):
@@ -232,17 +206,10 @@ def pick_device(name):
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()  # meta has no values
-    except (
-        RuntimeError,
-        AssertionError,
-        ValueError,
-        OverflowError,
-        ImportError,
-        AttributeError,
-    ) as e:
-        why = (str(e).splitlines() or [type(e).__name__])[0][:80]
+    except Exception as e:  # torch has many for this
         raise ValueError(
-            f"--device {name}: not usable here ({why}); use cpu, or leave the flag out"
+            f"--device {name}: not usable here ({one_line([str(e)]):.80}); use cpu, or leave the "
+            "flag out"
         ) from None
     return name
 

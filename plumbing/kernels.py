@@ -23,6 +23,11 @@ def half(dtype) -> bool:
     return dtype in (torch.bfloat16, torch.float16)
 
 
+def flat(x):
+    """x [..., D] as rows [N, D]."""
+    return x.reshape(-1, x.shape[-1])
+
+
 def mm32(a, b):
     """a [M,K] times b [K,N], both half precision, as float32 [M,N]: what the product is summed in.
     No gradient."""
@@ -51,12 +56,8 @@ def linear(x, weight, bias=None):
         return F.linear(x, weight, bias)
     if half(weight.dtype) and torch.is_grad_enabled() and weight.requires_grad:
         return _HalfLinear.apply(x, weight, bias)
-    if (
-        ONEDNN
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and x.numel() * len(weight) > 1 << 20
-    ):
+    float32_on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    if ONEDNN and float32_on_cpu and x.numel() * len(weight) > 1 << 20:
         return _OneDNN.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -75,14 +76,15 @@ class _OneDNN(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
-        dx = linear(grad, weight.t().contiguous()) if ctx.needs_input_grad[0] else None
-        dw = (
-            linear(rows.t().contiguous(), x.reshape(-1, x.shape[-1]).t().contiguous())
-            if ctx.needs_input_grad[1]
-            else None
-        )
-        return dx, dw, rows.sum(0) if ctx.needs_input_grad[2] else None
+        rows = flat(grad)
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx = linear(grad, weight.t().contiguous())
+        if ctx.needs_input_grad[1]:
+            dw = linear(rows.t().contiguous(), flat(x).t().contiguous())
+        if ctx.needs_input_grad[2]:
+            db = rows.sum(0)
+        return dx, dw, db
 
 
 class _HalfLinear(torch.autograd.Function):
@@ -100,10 +102,15 @@ class _HalfLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
-        dx = grad @ weight if ctx.needs_input_grad[0] else None
-        dw = mm32(rows.t(), x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
-        return dx, dw, rows.sum(0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        rows = flat(grad)
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx = grad @ weight
+        if ctx.needs_input_grad[1]:
+            dw = mm32(rows.t(), flat(x))
+        if ctx.needs_input_grad[2]:
+            db = rows.sum(0, dtype=torch.float32)
+        return dx, dw, db
 
 
 def embedding(ids, table):
@@ -134,7 +141,7 @@ def has_flash(device, dtype, head_dim):
     """Whether FlashAttention-2 inside torch can serve: half precision on an Ampere GPU or later."""
     return (
         device.type == "cuda"
-        and dtype in (torch.bfloat16, torch.float16)
+        and half(dtype)
         and head_dim % 8 == 0
         and head_dim <= 256
         and torch.backends.cuda.is_flash_attention_available()

@@ -7,7 +7,7 @@ are 10^9 bytes, those of a card too: one that is sold as 80 GB has 85.
 
 What blocks keep for the backward is listed tensor by tensor in `block_bytes`, for eager blocks.
 Compiled ones keep fewer copies in float32: for them the plan is an upper bound.
-tests/test_plan.py holds these sums against a trace of the model's own operators at true widths.
+tests/test_memory.py holds these sums against a trace of the model's own operators at true widths.
 """
 
 import os
@@ -17,11 +17,11 @@ import sys
 import textwrap
 from bisect import bisect_right
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from math import ceil
 from types import SimpleNamespace
 
-from model import Config
 from plumbing import parallel
 from plumbing.optimizer import BYTES
 
@@ -41,35 +41,44 @@ WANTED_ROWS = 24, 12, 6, 3, 1
 
 
 # --------------------------------------------------------------------------------------------------
-# one micro-batch
+# one micro-batch. Here c is a model's Config, and `size` the bytes of an element of the weights and
+# of the residual stream
 
 
-def parameter_sizes(c: Config) -> list[int]:
+def parameter_sizes(c):
     """Elements of every parameter of a model of this shape."""
-    D, H, K, E = c.d_model, c.n_heads, c.n_kv_heads, c.head_dim
-    block = [(H + 2 * K) * E * D, H * E * D, 2 * c.d_mlp * D, c.d_mlp * D, D, D]
+    D, M = c.d_model, c.d_mlp
+    queries = c.n_heads * c.head_dim
+    qkv = queries + 2 * c.n_kv_heads * c.head_dim
+    block = [
+        qkv * D,
+        queries * D,  # o
+        2 * M * D,  # gate and up
+        M * D,  # down
+        D,  # two norms
+        D,
+    ]
     if c.qkv_bias:
-        block.append((H + 2 * K) * E)
+        block.append(qkv)
     if c.qk_norm:
-        block += [E, E]
+        block += [c.head_dim, c.head_dim]
     tables = 1 if c.tied else 2
     return [c.vocab_size * D] * tables + [D] + block * c.n_layers
 
 
-def parameters(c: Config) -> int:
+def parameters(c):
     """Parameters of a model of this shape."""
     return sum(parameter_sizes(c))
 
 
-def norm_bytes(width: int, size: int) -> int:
+def norm_bytes(width, size):
     """Bytes an RMSNorm keeps of a row: the row and 1 / rms in float32, the normed row, and that
-    times the weight, both in `size` bytes an element."""
+    times the weight."""
     return 4 * width + 4 + 2 * size * width
 
 
-def block_bytes(c: Config, size: int) -> int:
-    """Bytes a token that one eager block keeps for its backward; weights and residual stream have
-    `size` bytes an element.
+def block_bytes(c, size):
+    """Bytes a token that one eager block keeps for its backward.
 
         kept                                   shape         dtype
         attn_norm: see norm_bytes              [D]           the last of them is a factor of qkv
@@ -88,68 +97,68 @@ def block_bytes(c: Config, size: int) -> int:
     The residual stream is not kept, for a sum needs neither of its terms; of float32 weights it is
     the row that the norms keep.
     """
-    H, K, E = c.n_heads, c.n_kv_heads, c.head_dim
+    E = c.head_dim
+    heads = c.n_heads + c.n_kv_heads
     norms = 2 * norm_bytes(c.d_model, size)
-    heads = size * (H + 2 * K) * E
+    attention = 3 * size * heads * E + 4 * c.n_heads
     if c.qk_norm:
         row = 4 * E if size < 4 else 0
-        heads += (H + K) * (row + 4 + size * E)
-    attention = size * (H + K) * E + size * H * E + 4 * H
-    mlp = size * 4 * c.d_mlp
-    return norms + heads + attention + mlp
+        attention += heads * (row + 4 + size * E)
+    mlp = 4 * size * c.d_mlp
+    return norms + attention + mlp
 
 
-def kept_bytes(c: Config, tokens: int, size: int, recompute: bool) -> int:
-    """Bytes that all blocks keep of a micro-batch, with `recompute` only what enters each of them;
-    and what they share: positions, and float32 cosines and sines [E/2]."""
-    block = size * c.d_model if recompute else block_bytes(c, size)
-    return tokens * (c.n_layers * block + 8 + 4 * c.head_dim)
-
-
-def backward_moments(c: Config, tokens: int, chunk: int, size: int, recompute: bool) -> dict:
+def backward_moments(c, tokens, chunk, size, recompute):
     """Bytes beside weights, gradients and optimizer state, by part, at each moment of a micro-batch
     that can be its largest. All tokens count as response tokens, for prompts can be short.
 
+    Activations are what blocks keep, with `recompute` only what enters each of them, and what they
+    share: positions, and float32 cosines and sines [E/2].
+
     head forward    two chunks of float32 logits: themselves and their exponentials
-    head backward   one, its copy in the weights' dtype, and gradients of states and unembedding
+    head backward   one, its copy in half precision, and gradients of states and unembedding
     last norm       its row in float32, and five more in its backward: two products, a power, a
                     quotient, and a mean spread out
-    last block      what its MLP adds while all that it keeps is alive still. Half precision: the
-                    gradient of silu(gate) * up and both that follow from it, or beside the first
-                    down's float32 weight gradient. float32, by oneDNN: the first, down's weight
-                    gradient, and transposed copies of the two factors of that.
-                    With recompute this block is whole, of the others there is what enters them
-    embedding       its float32 gradient
+    last block      what its MLP adds while all that it keeps is alive still: the gradient of
+                    silu(gate) * up and both that follow from it, or beside the first down's float32
+                    weight gradient. With recompute this block is whole
+    embedding       its float32 gradient, and that of the states in float32 too
 
+    These are half precision's. float32, whose products oneDNN makes, is within 2 % of them.
     Where they are tied, the unembedding's float32 gradient [V, D] waits for the embedding's.
     """
-    T, D, M, V = tokens, c.d_model, c.d_mlp, c.vocab_size
-    half = size < 4
-    kept = kept_bytes(c, T, size, recompute)
+    T, D = tokens, c.d_model
+    states = size * T * D  # the residual stream
+    block = T * block_bytes(c, size)
+    kept = c.n_layers * (states if recompute else block) + T * (8 + 4 * c.head_dim)
     normed = kept + T * norm_bytes(D, size)
-    block = kept + (T * block_bytes(c, size) if recompute else 0)
-    logits = 4 * min(chunk, T) * V
-    head = 4 * V * D
+    logits = 4 * min(chunk, T) * c.vocab_size
+    head = 4 * c.vocab_size * D
     waits = head if c.tied else 0
-    states = size * T * D
-    if half:
-        mlp = states + max(2 * size * T * M, size * T * M + 4 * D * M)
-        logits_back, embed = logits * 3 // 2, states + 4 * T * D
-    else:
-        mlp = 2 * states + 2 * size * T * M + 4 * D * M
-        logits_back, embed = logits, states
-
-    def parts(activations, logits, head_gradient, backward):
-        names = "activations", "logits", "head gradient", "backward"
-        values = activations, logits, head_gradient, backward
-        return dict(zip(names, values, strict=True))
-
+    product = size * T * c.d_mlp  # silu(gate) * up
+    mlp = states + product + max(product, 4 * D * c.d_mlp)
     return {
-        "head forward": parts(normed, 2 * logits, 0, 0),
-        "head backward": parts(normed, logits_back, head, states),
-        "last norm": parts(kept, 0, waits, 24 * T * D),
-        "last block": parts(block, 0, waits, mlp),
-        "embedding": parts(0, 0, head + waits, embed),
+        "head forward": {"activations": normed, "logits": 2 * logits},
+        "head backward": {
+            "activations": normed,
+            "logits": logits * 3 // 2,
+            "head gradient": head,
+            "backward": states,
+        },
+        "last norm": {
+            "activations": kept,
+            "head gradient": waits,
+            "backward": 24 * T * D,
+        },
+        "last block": {
+            "activations": kept + block if recompute else kept,
+            "head gradient": waits,
+            "backward": mlp,
+        },
+        "embedding": {
+            "head gradient": head + waits,
+            "backward": states + 4 * T * D,
+        },
     }
 
 
@@ -161,20 +170,24 @@ def backward_moments(c: Config, tokens: int, chunk: int, size: int, recompute: b
 class Plan:
     """What a run takes at most, in GB, on each GPU (on a CPU: by the process)."""
 
-    moments: dict[str, dict[str, float]]  # sampling, training, under torchrun loading: by part
+    moments: dict  # sampling, training, under torchrun loading: {part: GB}
     host: float  # pinned host memory, with --offload
     checkpoint: float  # on disk: weights and optimizer state, of all ranks
 
-    def total(self, moment: str) -> float:
+    def total(self, moment):
         return sum(self.moments[moment].values())
 
     @property
-    def peak(self) -> float:
+    def peak(self):
         return max(map(self.total, self.moments))
 
+    def parts(self, moment):
+        """For people: weights 8.04, optimizer state 32.18, ..."""
+        return ", ".join(f"{name} {gb:.2f}" for name, gb in self.moments[moment].items())
 
-def memory_plan(config: Config, args, cuda: bool, world: int | None = None) -> Plan:
-    """What a run with these settings takes at most.
+
+def memory_plan(config, args, cuda, world=None):
+    """What a run with these settings takes at most: a Plan.
 
     args   max_prompt_tokens, max_new_tokens, slots, micro_tokens, recompute, optimizer, offload,
            dtype, logit_chunk, kl, replicas: none of them open
@@ -183,53 +196,54 @@ def memory_plan(config: Config, args, cuda: bool, world: int | None = None) -> P
            optimizer state are float32 shards then, and each GPU has a copy to sample from. What
            FSDP gathers is counted by its design, no trace has seen it
     """
-    c, n = config, parameters(config)
-    world = parallel.world() if world is None else world
-    shards = max(1, world // args.replicas)
+    world = world or parallel.world()
     size = 2 if args.dtype == "bfloat16" else 4  # what the model computes in
-    each = bytes_of(args, world)
-    state = each["remainder"] + each["moments"]
-    held = {"weights": n * each["weights"] / shards}
-    if not args.offload:
-        held["optimizer state"] = n * state / shards
-    if args.kl:
-        held["reference"] = n * each["weights"] / shards
+    # bytes a parameter
+    weights, gradients, remainder, moments = BYTES[args.optimizer].values()
+    if args.optimizer == "adamw" and size == 2 and world == 1:
+        gradients, weights, moments = 2, 2, 4  # plain bfloat16
+    state = remainder + moments
+
+    n = parameters(config)
+    shard = n / max(1, world // args.replicas)
+    held = {
+        "weights": shard * weights,
+        "optimizer state": 0 if args.offload else shard * state,
+        "reference": shard * weights if args.kl else 0,
+        "copy to sample from": n * size if world > 1 else 0,
+    }
+    tokens = max(args.micro_tokens, row_tokens(args))
+    passes = backward_moments(config, tokens, args.logit_chunk, size, args.recompute)
+    largest = max(passes.values(), key=lambda parts: sum(parts.values()))
+    training = {"gradients": shard * gradients, **largest}
     if world > 1:
-        held["copy to sample from"] = n * size
-
-    tokens = max(args.micro_tokens, args.max_prompt_tokens + args.max_new_tokens)
-    moments = backward_moments(c, tokens, args.logit_chunk, size, args.recompute)
-    largest = max(moments.values(), key=lambda parts: sum(parts.values()))
-    training = {"gradients": n * each["gradients"] / shards, **largest}
+        training["gathered by FSDP"] = gathered_bytes(config, size)
+    plan = {
+        "sampling": in_gb(held, sampling_bytes(config, args, size, cuda), cuda),
+        "training": in_gb(held, training, cuda),
+    }
     if world > 1:
-        training["gathered by FSDP"] = gathered_bytes(c, size)
-    plan = {"sampling": sampling_bytes(c, args, size, cuda), "training": training}
-    plan = {name: in_gb(held, passing, cuda) for name, passing in plan.items()}
-    if world > 1:
-        plan["loading"] = in_gb({"weights, whole": n * each["weights"]}, {}, cuda)
-    host = pinned_bytes(c, args.optimizer) / 1e9 if args.offload else 0.0
-    return Plan(plan, host, n * (each["weights"] + state) / 1e9)
+        plan["loading"] = in_gb({"weights, whole": n * weights}, {}, cuda)
+    host = pinned_bytes(config, args.optimizer) / 1e9 if args.offload else 0
+    return Plan(plan, host, n * (weights + state) / 1e9)
 
 
-def bytes_of(args, world: int) -> dict[str, int]:
-    """Bytes a parameter, by part: optimizer.BYTES, but AdamW on plain bfloat16 weights has its
-    gradients and moments in bfloat16 too."""
-    if args.optimizer == "adamw" and args.dtype == "bfloat16" and world == 1:
-        return {"weights": 2, "gradients": 2, "remainder": 0, "moments": 4}
-    return BYTES[args.optimizer]
+def row_tokens(args):
+    """Tokens of a row of full length."""
+    return args.max_prompt_tokens + args.max_new_tokens
 
 
-def in_gb(held: dict, passing: dict, cuda: bool) -> dict[str, float]:
-    """What is held and what comes and goes, in GB, without empty parts; on a GPU with its context
-    and what the allocator loses of the passing parts."""
+def in_gb(held, passing, cuda):
+    """{part: GB} of what is held and what comes and goes, without empty parts; on a GPU with its
+    context and what the allocator loses of the passing parts."""
     parts = held | passing
     if cuda:
-        lost = ALLOWANCE * sum(passing.values())
-        parts = parts | {"CUDA context": CONTEXT, "allocator": lost}
-    return {name: value / 1e9 for name, value in parts.items() if value}
+        parts["CUDA context"] = CONTEXT
+        parts["allocator"] = ALLOWANCE * sum(passing.values())
+    return {name: size / 1e9 for name, size in parts.items() if size}
 
 
-def sampling_bytes(c: Config, args, size: int, cuda: bool) -> dict[str, float]:
+def sampling_bytes(c, args, size, cuda):
     """Bytes that come with sampling, by part.
 
     KV cache  keys and values of every slot, one position more than a row has, and 12 bytes a
@@ -241,23 +255,23 @@ def sampling_bytes(c: Config, args, size: int, cuda: bool) -> dict[str, float]:
               in the rotation of queries: the residual stream, all heads, normed queries, and
               float32 queries with as much again for the products and half for their sums, twice
     """
-    D, H, K, E = c.d_model, c.n_heads, c.n_kv_heads, c.head_dim
-    length = args.max_prompt_tokens + args.max_new_tokens + 1
-    position = 2 * c.n_layers * K * E * size + 12
+    queries = c.n_heads * c.head_dim
+    keys = c.n_kv_heads * c.head_dim
+    position = 2 * c.n_layers * keys * size + 12
+    positions = args.slots * (row_tokens(args) + 1)
     draw = args.slots * c.vocab_size * 4 * 2 * 17 // 16
     packed = max(PREFILL_TOKENS, args.max_prompt_tokens)
     prompts = min(packed, args.slots * args.max_prompt_tokens)
-    mlp = size * (2 * D + 4 * c.d_mlp)
-    normed = H * E if c.qk_norm else 0
-    rotation = size * (D + (H + 2 * K) * E + normed) + 3 * 4 * H * E
+    mlp = size * (2 * c.d_model + 4 * c.d_mlp)
+    rotation = size * (c.d_model + 2 * queries + 2 * keys) + 12 * queries
     return {
-        "KV cache": args.slots * length * position,
+        "KV cache": positions * position,
         "sampler": draw * (2 if cuda else 1),
         "prefill": prompts * max(mlp, rotation),
     }
 
 
-def gathered_bytes(c: Config, size: int) -> int:
+def gathered_bytes(c, size):
     """Bytes that FSDP holds of unsharded parameters at once: those outside of blocks all along, of
     blocks two and the buffer they arrive in; and gradients on their way, in the dtype of the copies
     and in float32, in which they are summed over ranks."""
@@ -266,13 +280,13 @@ def gathered_bytes(c: Config, size: int) -> int:
     return outside * (2 * size + 4) + block * (3 * size + 2 * (size + 4))
 
 
-def pinned_bytes(c: Config, kind: str) -> int:
+def pinned_bytes(c, kind):
     """Bytes of pinned host memory that --offload takes: remainder and both moments of every
     parameter, each a tensor that torch rounds up to a power of two bytes."""
-    first = BYTES[kind]["moments"] - 4
+    remainder, moments = BYTES[kind]["remainder"], BYTES[kind]["moments"]
     total = 0
     for n in parameter_sizes(c):
-        for size in (BYTES[kind]["remainder"], first, 4):
+        for size in (remainder, moments - 4, 4):
             total += 1 << (n * size - 1).bit_length()
     return total
 
@@ -293,24 +307,8 @@ class TooLarge(ValueError):
         self.peak = peak
 
 
-@dataclass
-class Way:
-    """Settings that were tried on a GPU, with as many slots as fit, or one."""
-
-    args: SimpleNamespace
-    rows: int  # full rows that fit while sampling
-    peak: float  # GB
-    obstacle: str  # why they would not do for training; "" where they do
-
-    def same(self, other, names) -> bool:
-        return all(getattr(self.args, name) == getattr(other.args, name) for name in names)
-
-    def why_not(self, wanted: int) -> str:
-        return self.obstacle or f"{self.rows} full rows would fit, {wanted} are wanted"
-
-
-def choose(config: Config, args, memory_bytes, host_bytes, cuda=True, world=None) -> list[tuple]:
-    """Values for those of SETTINGS that are open (None), as (name, value, reason).
+def choose(config, args, memory_bytes, host_bytes, cuda=True, world=None):
+    """Values for those of SETTINGS that are open (None), as [(name, value, reason)].
 
     args          as for memory_plan, and prompts and group
     memory_bytes  of the GPU, without what other programs hold
@@ -320,171 +318,167 @@ def choose(config: Config, args, memory_bytes, host_bytes, cuda=True, world=None
     to sample 24 full rows together; if none does, the first with 12, and so on down to one. On a
     CPU nothing is searched. Raises TooLarge where nothing fits.
     """
+    world = world or parallel.world()
     open_ = [name for name in SETTINGS if getattr(args, name) is None]
     if not cuda:
-        kind = "adamw" if args.dtype == "float32" else "split-m32"
-        values = dict(zip(SETTINGS, (kind, False, False, MICRO_TOKENS, 64), strict=True))
+        values = ways(args, world)[0] | {"slots": 64}
         return [(name, values[name], "") for name in open_]
-    world = parallel.world() if world is None else world
-    machine = memory_bytes / 1e9, host_bytes / 1e9, world
-    tried = [attempt(config, with_(args, **way), *machine) for way in ways(args, world)]
+    plan_of = partial(memory_plan, config, cuda=True, world=world)
+    memory, host = memory_bytes / 1e9, host_bytes / 1e9
+    # rows that can be of use: a step has no more responses
+    useful = min(MOST_ROWS, ceil(args.prompts * args.group / world))
+    rows = named_or(args.slots, range(1, useful + 1))
     for wanted in WANTED_ROWS:
-        wanted = min(wanted, args.slots or most_rows(args, world))
-        if best := next((w for w in tried if not w.obstacle and w.rows >= wanted), None):
-            why = reasons(best, tried, wanted, world)
-            return [(name, getattr(best.args, name), why[name]) for name in open_]
-    raise TooLarge(what_it_takes(config, tried[-1], *machine), tried[-1].peak)
+        refused = []
+        for way in ways(args, world):
+            tried = with_(args, **way)
+            obstacle = fit(plan_of, tried, rows, min(wanted, rows[-1]), memory, host)
+            if not obstacle:
+                why = reasons(tried, refused, useful)
+                return [(name, getattr(tried, name), why[name]) for name in open_]
+            refused.append((tried, obstacle))
+    raise too_large(plan_of, tried, memory, host)
 
 
-def ways(args, world: int) -> list[dict]:
+def ways(args, world):
     """Settings to try in turn, slots apart; named ones are in all of them. An exact first moment
     before a float16 one, and both before a state that an update must fetch from the host. Then,
     keeping activations before a third more work, and large micro-batches before small ones, down
     to one full row."""
-    if args.optimizer:
-        kinds = [args.optimizer]
-    elif world > 1 or args.dtype == "float32":
-        kinds = ["adamw"]
-    else:
-        kinds = ["split-m32", "split"]
-    if kinds == ["adamw"]:
-        states = [("adamw", False)]
-    elif args.offload is None:
-        states = [(kind, False) for kind in kinds] + [(kinds[-1], True)]
-    else:
-        states = [(kind, args.offload) for kind in kinds]
-    recompute = [False, True] if args.recompute is None else [args.recompute]
-    row = args.max_prompt_tokens + args.max_new_tokens
-    sizes = [args.micro_tokens or max(MICRO_TOKENS, row)]
-    while args.micro_tokens is None and sizes[-1] > row:
+    plain = world > 1 or args.dtype == "float32"
+    kinds = named_or(args.optimizer, ["adamw"] if plain else ["split-m32", "split"])
+    states = list(product(kinds, named_or(args.offload, [False])))
+    if args.offload is None and kinds != ["adamw"]:
+        states.append((kinds[-1], True))
+    row = row_tokens(args)
+    sizes = [max(MICRO_TOKENS, row)]
+    while sizes[-1] > row:
         sizes.append(max(sizes[-1] // 2, row))
-    out = []
-    for (kind, offload), again, tokens in product(states, recompute, sizes):
-        settings = kind, offload, again, tokens
-        out.append(dict(zip(SETTINGS[:-1], settings, strict=True)))
-    return out
+    sizes = named_or(args.micro_tokens, sizes)
+    recompute = named_or(args.recompute, [False, True])
+    return [
+        dict(optimizer=kind, offload=offload, recompute=again, micro_tokens=tokens)
+        for (kind, offload), again, tokens in product(states, recompute, sizes)
+    ]
 
 
-def with_(args, **changes) -> SimpleNamespace:
+def named_or(value, values):
+    """What to try of a setting: its value where it is named, else all of these."""
+    return values if value is None else [value]
+
+
+def with_(args, **changes):
     """The settings with some of them changed."""
     return SimpleNamespace(**vars(args) | changes)
 
 
-def most_rows(args, world: int) -> int:
-    """Rows that can be of use: a step has no more responses."""
-    return min(MOST_ROWS, ceil(args.prompts * args.group / world))
+def fit(plan_of, args, rows, wanted, memory, host):
+    """Set args.slots to the most of `rows` that fit while sampling, or the fewest there are; and
+    say why these settings will not do, "" where they do.
 
-
-def attempt(config: Config, args, memory: float, host: float, world: int) -> Way:
-    """Settings on a GPU of `memory` GB in a machine of `host` GB. Pinned memory is never swapped,
-    so a tenth of the machine's is left alone."""
-
-    def plan(slots):
-        return memory_plan(config, with_(args, slots=slots), True, world)
+    wanted        rows
+    memory, host  GB of the GPU, and of the machine. Pinned memory is never swapped, so a tenth of
+                  the machine's is left alone
+    """
 
     def sampling(slots):
-        return plan(slots).total("sampling")
+        return plan_of(with_(args, slots=slots)).total("sampling")
 
-    if args.slots:
-        rows = args.slots if sampling(args.slots) <= memory else 0
-    else:
-        rows = bisect_right(range(1, most_rows(args, world) + 1), memory, key=sampling)
-    slots = args.slots or max(rows, 1)
-    its = plan(slots)
-    obstacle = ""
-    if its.host > 0.9 * host:
-        obstacle = f"it would pin {its.host:.1f} GB of the host's {host:.0f}"
-    for moment in ("training", "loading"):
-        if moment in its.moments and its.total(moment) > memory:
-            obstacle = f"{moment} would take {its.total(moment):.1f} GB"
-    return Way(with_(args, slots=slots), rows, its.peak, obstacle)
+    fitting = bisect_right(rows, memory, key=sampling)
+    args.slots = rows[max(fitting - 1, 0)]
+    plan = plan_of(args)
+    for moment in reversed(plan.moments):
+        gb = plan.total(moment)
+        if gb > memory:
+            return f"{moment} would take {gb:.1f} GB"
+    if plan.host > 0.9 * host:
+        return f"it would pin {plan.host:.1f} GB of the host's {host:.0f}"
+    if args.slots < wanted:
+        return f"{args.slots} full rows would fit, {wanted} are wanted"
+    return ""
 
 
-def reasons(best: Way, tried: list[Way], wanted: int, world: int) -> dict[str, str]:
-    """Of each setting: why not another that is preferred to it, those before it being alike."""
-    out = {
+def reasons(best, refused, useful):
+    """{setting: why it is what it is}: what stood against the last value that is preferred to it,
+    the settings before it being alike.
+
+    refused  settings that were tried before, and why they would not do
+    useful   rows at most
+    """
+    enough = "are of use" if best.slots == useful else "fit"
+    why = {
         "optimizer": "an exact float32 master stands behind the weights",
         "offload": "the optimizer's state fits",
         "recompute": "the activations of all blocks fit",
         "micro_tokens": "more keep a GPU no busier",
+        "slots": f"as many rows of {row_tokens(best):,} tokens as {enough}",
     }
-    earlier = tried[: tried.index(best)]
-    for i, name in enumerate(SETTINGS[:-1]):
-        alike = [way for way in earlier if way.same(best, SETTINGS[:i])]
-        if better := [way for way in alike if not way.same(best, [name])]:
-            out[name] = "else " + better[-1].why_not(wanted)
-    row = best.args.max_prompt_tokens + best.args.max_new_tokens
-    enough = best.args.slots == most_rows(best.args, world)
-    out["slots"] = f"as many rows of {row:,} tokens as {'are of use' if enough else 'fit'}"
-    return out
+    for other, obstacle in refused:
+        differs = next(name for name in SETTINGS if getattr(other, name) != getattr(best, name))
+        why[differs] = f"else {obstacle}"
+    return why
 
 
-def what_it_takes(config: Config, way: Way, memory: float, host: float, world: int) -> str:
-    """The line that says what the last way tried, the one of least memory, takes, and what would
+def too_large(plan_of, args, memory, host):
+    """The error that says what the last settings tried, those of least memory, take, and what would
     save how much."""
+    row, half = row_tokens(args), args.max_new_tokens // 2
+    changes = [
+        dict(recompute=True),
+        dict(micro_tokens=row),
+        dict(slots=1),
+        dict(max_new_tokens=half, micro_tokens=min(args.micro_tokens, row - half)),
+        dict(logit_chunk=128),
+        dict(kl=0),
+    ]
+    if args.optimizer != "adamw":
+        changes += [dict(optimizer="split"), dict(offload=True)]
+    plan = plan_of(args)
+    saved = []
+    for change in changes:
+        name, value = next(iter(change.items()))
+        gb = plan.peak - plan_of(with_(args, **change)).peak
+        if gb >= 0.05:
+            saved.append(f"{flag(name, value)} {gb:.1f}")
 
-    def changed(**changes):
-        return memory_plan(config, with_(way.args, **changes), True, world)
-
-    a, plan = way.args, changed()
     moment = max(plan.moments, key=plan.total)
-    row, half = a.max_prompt_tokens + a.max_new_tokens, a.max_new_tokens // 2
-    changes = {
-        "--recompute": dict(recompute=True),
-        f"--micro-tokens {row}": dict(micro_tokens=row),
-        "--slots 1": dict(slots=1),
-        f"--max-new-tokens {half}": dict(
-            max_new_tokens=half, micro_tokens=min(a.micro_tokens, row - half)
-        ),
-        "--logit-chunk 128": dict(logit_chunk=min(128, a.logit_chunk)),
-        "--kl 0": dict(kl=0.0),
-    }
-    if world == 1:
-        changes["--optimizer split"] = dict(optimizer="split", dtype="bfloat16")
-    if world == 1 and a.optimizer != "adamw":
-        changes["--offload"] = dict(offload=True)
-    saved = {flags: plan.peak - changed(**change).peak for flags, change in changes.items()}
-    saved = ", ".join(f"{flags} {gb:.1f}" for flags, gb in saved.items() if gb >= 0.05)
-    parts = ", ".join(f"{name} {value:.1f}" for name, value in plan.moments[moment].items())
-    flags = " ".join(flag(name, getattr(a, name)) for name in SETTINGS)
+    flags = " ".join(flag(name, getattr(args, name)) for name in SETTINGS)
     text = f"{memory:.0f} GB of GPU memory do not do: {moment} with {flags} takes "
-    text += f"{plan.peak:.1f} GB ({parts})"
+    text += f"{plan.peak:.1f} GB ({plan.parts(moment)})"
     if plan.host > 0.9 * host:
         text += f" and {plan.host:.1f} GB of the host's {host:.0f}"
     if saved:
-        text += f"; GB saved by {saved}"
-    return text + "; else take a larger GPU, or several with torchrun"
+        text += f"; GB saved by {', '.join(saved)}"
+    text += "; else take a larger GPU, or several with torchrun"
+    return TooLarge(text, plan.peak)
 
 
 # --------------------------------------------------------------------------------------------------
 # what a run says before it starts
 
-DISK = 1e9  # bytes a second that a checkpoint is written with, for a guess at the time it takes
 
-
-def default_new_tokens(c: Config, max_prompt_tokens: int) -> int:
+def default_new_tokens(c, max_prompt_tokens):
     """Response tokens at most where nothing else is said: the paper's, as far as positions go."""
     papers = 3072 if c.family == "llama" else 7168
     return max(1, min(papers, c.max_len - max_prompt_tokens))
 
 
-def host_bytes() -> int:
+def host_bytes():
     """Memory of this machine."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def show_plan(config: Config, args, chosen, memory_bytes, cuda=True):
+def show_plan(config, args, chosen, memory_bytes, cuda=True):
     """Print what a run takes by part, what was chosen for it and why, and what a checkpoint costs.
 
     chosen  what `choose` returned; memory_bytes is that of the GPU, or of the machine
     """
-    plan = memory_plan(config, args, cuda)
-    print(f"memory, GB, at most {plan.peak:.1f} of the {memory_bytes / 1e9:.1f} there are:")
-    if plan.peak * 1e9 > memory_bytes:
+    plan, memory = memory_plan(config, args, cuda), memory_bytes / 1e9
+    print(f"memory, GB, at most {plan.peak:.1f} of the {memory:.1f} there are:")
+    if plan.peak > memory:
         print("warning: that is more than there is; --dry-run --memory 80 plans for a GPU")
-    for moment, parts in plan.moments.items():
-        parts = ", ".join(f"{name} {value:.2f}" for name, value in parts.items())
-        wrapped(f"{moment} {plan.total(moment):.2f}: {parts}", "  ")
+    for moment in plan.moments:
+        wrapped(f"{moment} {plan.total(moment):.2f}: {plan.parts(moment)}", "  ")
     if plan.host:
         wrapped(
             f"pinned host memory {plan.host:.2f}: optimizer state, each tensor a power of two", "  "
@@ -492,16 +486,17 @@ def show_plan(config: Config, args, chosen, memory_bytes, cuda=True):
     for name, value, reason in chosen:
         if reason:
             wrapped(f"{flag(name, value)}: {reason}", "  ")
-    existing = next(p for p in (args.out.resolve(), *args.out.resolve().parents) if p.exists())
-    size, free = plan.checkpoint, shutil.disk_usage(existing).free / 1e9
-    seconds = size * 1e9 / DISK
-    print(f"a checkpoint: {size:.2f} GB, {seconds:.0f} s at 1 GB/s; {free:.1f} GB are free")
+
+    size, out = plan.checkpoint, args.out.resolve()
+    existing = next(path for path in (out, *out.parents) if path.exists())
+    free = shutil.disk_usage(existing).free / 1e9
+    print(f"a checkpoint: {size:.2f} GB, {size:.0f} s at 1 GB/s; {free:.1f} GB are free")
     if free < 2 * size:
         need = f"checkpoints take {size:.1f} GB each, two stand side by side at times"
         print(f"warning: {need}, and {free:.1f} GB are free for {args.out}", file=sys.stderr)
 
 
-def flag(name: str, value) -> str:
+def flag(name, value):
     """A setting as one types it: --slots 24, --recompute, --no-recompute."""
     name = name.replace("_", "-")
     if isinstance(value, bool):
@@ -511,41 +506,45 @@ def flag(name: str, value) -> str:
 
 def wrapped(text, indent=""):
     """Print a text in lines of at most 80 columns, its later ones indented."""
-    rest = indent + "  "
+    later = indent + "  "
     print(
         textwrap.fill(
-            text, 80, initial_indent=indent, subsequent_indent=rest, break_on_hyphens=False
+            text, 80, initial_indent=indent, subsequent_indent=later, break_on_hyphens=False
         )
     )
 
 
-def table(configs: dict[str, Config], memories: list[float], args) -> str:
-    """What `choose` finds for models of these shapes on GPUs of these many GB, as Markdown, a line
-    each, in 80 columns. `args` as for `choose`; max_new_tokens may be open. The host is taken to
-    have the memory that --offload wants. A GPU that is too small has the smallest settings' peak.
+HEAD = """\
+model           | GB  | optimizer | offload | recompute | tokens | slots | peak
+--------------- | --- | --------- | ------- | --------- | ------ | ----- | ----
+"""
+
+
+def table(configs, memories, args):
+    """What `choose` finds for models of these shapes, {name: Config}, on GPUs of these many GB, as
+    Markdown, a line each, in 80 columns. `args` as for `choose`; max_new_tokens may be open. The
+    host is taken to have the memory that --offload wants. A GPU that is too small has the smallest
+    settings' peak.
     """
-    head = "GB", "optimizer", "offload", "recompute", "tokens", "slots", "peak"
-    rows = [("model", *head)]
+    lines = HEAD.splitlines()
     for name, config in configs.items():
         new_tokens = args.max_new_tokens or default_new_tokens(config, args.max_prompt_tokens)
         asked = with_(args, max_new_tokens=new_tokens)
-        for memory in memories:
-            try:
-                chosen = choose(config, asked, memory * 1e9, float("inf"))
-            except TooLarge as e:
-                rows.append((name, f"{memory:g}", "too small", *"----", f"{e.peak:.1f}"))
-                continue
-            a = with_(asked, **{setting: value for setting, value, _ in chosen})
-            yes = ["yes" if on else "no" for on in (a.offload, a.recompute)]
-            peak = memory_plan(config, a, True).peak
-            numbers = f"{a.micro_tokens}", f"{a.slots}", f"{peak:.1f}"
-            rows.append((name, f"{memory:g}", a.optimizer, *yes, *numbers))
+        lines += [f"{name:15} | {gb:<3g} | {table_cells(config, asked, gb)}" for gb in memories]
     if len(configs) == 1:
-        rows = [row[1:] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * width for width in widths])
-    lines = []
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append(" | ".join(cells).rstrip())
+        lines = [line.partition(" | ")[2] for line in lines]
     return "\n".join(lines)
+
+
+def table_cells(config, args, memory):
+    """The settings in a line of `table`, for one model on one GPU."""
+    try:
+        chosen = choose(config, args, memory * 1e9, float("inf"))
+    except TooLarge as e:
+        return f"too small | -       | -         | -      | -     | {e.peak:.1f}"
+    a = with_(args, **{name: value for name, value, _ in chosen})
+    offload = "yes" if a.offload else "no"
+    recompute = "yes" if a.recompute else "no"
+    peak = memory_plan(config, a, True).peak
+    cells = f"{a.optimizer:9} | {offload:7} | {recompute:9} | {a.micro_tokens:<6} | {a.slots:<5}"
+    return f"{cells} | {peak:.1f}"

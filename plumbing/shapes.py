@@ -20,9 +20,9 @@ def qwen2(D, L, H, K, M, tied, V=151936, theta=1e6, max_len=32768):
     return Config("qwen2", V, D, L, H, K, D // H, M, 1e-6, theta, None, tied, max_len)
 
 
-def llama(D, L, H, K, E, M, tied, factor):
+def llama(D, L, H, K, M, tied, factor):
     scaling = {"factor": factor, **LLAMA3}
-    return Config("llama", 128256, D, L, H, K, E, M, 1e-5, 5e5, scaling, tied, 131072)
+    return Config("llama", 128256, D, L, H, K, D // H, M, 1e-5, 5e5, scaling, tied, 131072)
 
 
 def smollm2(D, L, H, K, M, theta):
@@ -45,11 +45,11 @@ SHAPES = {
     "deepseek-r1-distill-qwen-7b": qwen2(
         3584, 28, 28, 4, 18944, False, 152064, theta=1e4, max_len=131072
     ),
-    "llama-3.2-1b": llama(2048, 16, 32, 8, 64, 8192, True, 32.0),
-    "llama-3.2-3b": llama(3072, 28, 24, 8, 128, 8192, True, 32.0),
-    "llama-3.1-8b": llama(4096, 32, 32, 8, 128, 14336, False, 8.0),
-    "octothinker-3b": llama(3072, 28, 24, 8, 128, 8192, True, 32.0),
-    "octothinker-8b": llama(4096, 32, 32, 8, 128, 14336, False, 8.0),
+    "llama-3.2-1b": llama(2048, 16, 32, 8, 8192, True, 32.0),
+    "llama-3.2-3b": llama(3072, 28, 24, 8, 8192, True, 32.0),
+    "llama-3.1-8b": llama(4096, 32, 32, 8, 14336, False, 8.0),
+    "octothinker-3b": llama(3072, 28, 24, 8, 8192, True, 32.0),
+    "octothinker-8b": llama(4096, 32, 32, 8, 14336, False, 8.0),
     "smollm2-135m": smollm2(576, 30, 9, 3, 1536, 1e5),
     "smollm2-360m": smollm2(960, 32, 15, 5, 2560, 1e5),
     "smollm2-1.7b": smollm2(2048, 24, 32, 32, 8192, 1.3e5),
@@ -61,8 +61,10 @@ SHAPES = {
 
 def preset_config(name: str) -> Config:
     """The true shape of a preset or its hub id; ValueError naming those there are."""
-    presets = {repository.lower(): preset for preset, repository in HUB.items()}
-    preset = presets.get(name.lower(), name.lower())
+    preset = name.lower()
+    for known, repository in HUB.items():
+        if preset == repository.lower():
+            preset = known
     size = preset.removesuffix("-base").removesuffix("-instruct")
     if size not in SHAPES:
         raise ValueError(f"{name}: no such shape; there are {', '.join(SHAPES)}")
