@@ -316,8 +316,8 @@ class Sampler:
             return over_cache(q, keys[:width, :seen], values[:width, :seen])
 
         h = self.net(token, position=position, attend=attend)
-        logits = self.net.unembed(h)
-        z = torch.addcdiv(self.bias, logits, self.temperature)  # [B,V] float32, logits / T
+        # [B,V] float32, logits / T; logits have no name, for a name would keep them
+        z = torch.addcdiv(self.bias, self.net.unembed(h), self.temperature)
         top, best = z.max(-1, keepdim=True)
         weights = (z - top).exp_()
         sampled = race(weights, key, drawn)
