@@ -21,7 +21,7 @@ from plumbing.data import (
     load_problems,
     log,
     normalised,
-    read,
+    read_problems,
     span,
 )
 from plumbing.rows import printable
@@ -218,7 +218,7 @@ def main():
 
         chat = tokenizer.load_tokenizer(args.tokenizer).chat
         count = lambda question: len(chat(question))  # noqa: E731
-    problems, report = read(args.data, args.limit, args.difficulty, args.revision)
+    problems, report = read_problems(args.data, args.limit, args.difficulty, args.revision)
     failed = 0
     if problems:
         problems = select(problems, args.classes, args.max_tokens, count)
