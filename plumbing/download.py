@@ -1,15 +1,14 @@
 """Files of the Hugging Face hub: from its cache if they are there, and only if they are what the
 hub has.
 
-    hub.fetch("dataset", "openai/gsm8k", revision, "main/test-00000-of-00001.parquet")   a path
-    hub.snapshot("Qwen/Qwen3-4B", None, ["config.json", "*.safetensors"], complete)      a folder
-    hub.commit(folder)                                              the commit that it stands for
+    fetch("dataset", "openai/gsm8k", revision, "main/test-00000-of-00001.parquet")   a path
+    snapshot("Qwen/Qwen3-4B", None, ["config.json", "*.safetensors"], complete)      a folder
+    commit(folder)                                              the commit that it stands for
 
 What the cache holds costs no request. What is missing is asked for with one line and a time limit,
-by a process of its
-own: Ctrl-C ends that one at once, whatever moves its bytes. The cache names each file by the hash
-of its content, and `check` compares: a cut file, a captive portal's page or a flipped bit ends in
-one line with the command that mends it.
+by a process of its own: Ctrl-C ends that one at once, whatever moves its bytes. The cache names
+each file by the hash of its content, and `check` compares: a cut file, a captive portal's page or a
+flipped bit ends in one line with the command that mends it.
 
 HF_HUB_OFFLINE=1 (not one request), HF_HOME, HF_ENDPOINT, HF_HUB_ETAG_TIMEOUT (seconds that the hub
 has to answer, 10) and the token of `hf auth login` work as they do everywhere.
@@ -20,7 +19,6 @@ import hashlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -102,11 +100,12 @@ def check(path, sha256=None, once=False):
     marker, about = cache / "nanobupo" / "checked" / wanted, os.stat(path)
     stamp = f"{about.st_size} {about.st_mtime_ns}"
     if once:
-        with contextlib.suppress(OSError, ValueError):  # no marker, or another one
+        with contextlib.suppress(OSError, ValueError):  # no marker, or no text
             if marker.read_text() == stamp:
                 return
-    if once and about.st_size > 1e9:
-        print(f"checking {path} ({about.st_size / 1e9:.1f} GB), once", file=sys.stderr, flush=True)
+        if about.st_size > 1e9:
+            size = f"{about.st_size / 1e9:.1f} GB"
+            print(f"checking {path} ({size}), once", file=sys.stderr, flush=True)
     found = _hashes(path, about.st_size, wanted)
     if wanted not in found:
         raise HubError(
@@ -191,34 +190,23 @@ def _get(cached, kind, repo, revision, file="", patterns=None):
 
 def _ask(request):
     """The path that a process of its own answers once it has downloaded. Raises HubError with its
-    reason, and KeyboardInterrupt at once."""
+    reason. Ctrl-C, and whatever else ends the wait, ends that process."""
     request["cache"] = str(constants.HF_HUB_CACHE)
-    # stdin is held open for as long as this process lives: see `main`
-    child = subprocess.Popen(
-        [sys.executable, __file__, json.dumps(request)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    theirs, ours = os.pipe()  # ours is open for as long as this process lives: see `main`
     try:
-        said = child.stdout.read()
-        child.wait()
-    except BaseException:  # Ctrl-C, or a signal that ends a run
-        child.send_signal(signal.SIGINT)  # lets it remove what is half done
-        try:
-            child.wait(1)
-        except subprocess.TimeoutExpired:
-            child.kill()
-        raise
+        child = subprocess.run(
+            [sys.executable, __file__, json.dumps(request)],
+            stdin=theirs,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
     finally:
-        child.stdin.close()
-        child.stdout.close()
-    if not said:
-        raise HubError(f"the download ended with code {child.returncode}")
-    answer = json.loads(said.splitlines()[-1])
-    if "why" in answer:
-        raise HubError(answer["why"])
-    return answer["path"]
+        os.close(theirs)
+        os.close(ours)
+    said = [f"the download ended with code {child.returncode}", *child.stdout.splitlines()]
+    if child.returncode:
+        raise HubError(said[-1])
+    return said[-1]
 
 
 # --------------------------------------------------------------------- the process that downloads
@@ -263,7 +251,7 @@ def download(kind, repo, revision, file, patterns, cache):
 
 
 def main(request):
-    """Answer one request of `_ask`: {"path": ...} or {"why": ...} on stdout."""
+    """Answer one request of `_ask` on stdout: the path, or with exit code 1 why there is none."""
 
     def end_with_parent():
         os.read(0, 1)  # returns when the other process has ended, however that came
@@ -271,12 +259,12 @@ def main(request):
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
-        answer = {"path": str(download(**json.loads(request)))}
+        print(download(**json.loads(request)), flush=True)
     except KeyboardInterrupt:
         os._exit(130)  # the other process says so
     except Exception as e:
-        answer = {"why": why(e)}
-    print(json.dumps(answer), flush=True)
+        print(why(e), flush=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
