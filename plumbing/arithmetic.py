@@ -103,8 +103,8 @@ def happening(rng, value, largest):
     operation, numbers = rng.choice("+-*/"), range(2, largest + 1)
     fits = {
         "+": numbers,
-        "-": [n for n in numbers if n < value],
-        "*": [n for n in numbers if value * n <= 10 * largest],
+        "-": range(2, min(largest, value - 1) + 1),
+        "*": range(2, min(largest, 10 * largest // value) + 1),
         "/": [n for n in numbers if n < value and value % n == 0],
     }
     operation = operation if fits[operation] else "+"
