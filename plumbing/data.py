@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 
-import pyarrow
 import pyarrow.parquet
 
 import verify
@@ -218,25 +217,25 @@ def drawn(rows, number, size) -> set[int]:
     return {i + 1 for i in order(rows, 0, number)[:size]}
 
 
-def _rows(name, revision, report):
+def _rows(name, revision):
     """Iterator of (place, row or the _BadRow it is, source) of what a name stands for.
 
     A path that exists wins over a named set, and needs no network. Files of a named set are
     fetched one by one, as the iterator comes to them: with a limit, later ones never are.
     """
-    named = NAMED.get(name) if needs_hub(name) else None
+    named = NAMED[name] if needs_hub(name) else None
     if revision and not named:
         raise ValueError(f"{name} has no revisions; sets on the hub have: {', '.join(NAMED)}")
     if _exists(name):
         for path in _local(Path(name).expanduser()):
-            for place, row in report.reading(path):
+            for place, row in READERS[path.suffix.lower()](path):
                 yield place, row, path.stem
     elif named:
         for number, (file, sha256) in enumerate(named.files.items()):
             if revision not in (None, named.revision):
                 sha256 = None  # another revision has other hashes
             path = hub_file(named.repo, file, revision or named.revision, sha256)
-            rows = report.reading(path)
+            rows = READERS[path.suffix](path)
             if named.draw:
                 rows = list(rows)
                 rows = [rows[n - 1] for n in sorted(drawn(len(rows), number, named.draw))]
@@ -292,6 +291,7 @@ def _json_rows(path):
 
 
 def _parquet_rows(path):
+    n = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as f:
             has = f.schema_arrow.names
@@ -303,27 +303,16 @@ def _parquet_rows(path):
             # Only these are read: DeepMath has three long solutions beside each question, nearly
             # all of its 2 GB.
             columns = [name for name in has if name.lower() in COLUMNS]
-            n = 0
             for part in f.iter_batches(batch_size=1024, columns=columns):
-                for row in _values(part):
+                for row in part.to_pylist():
                     n += 1
                     yield f"{path.name} row {n}", row
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
+    except DataError:
+        raise
+    except Exception as e:  # of pyarrow's own, or of a value that Python has nothing for
         raise DataError(
             f"{path}: not a readable parquet file ({_short(e)}); {download.again(path)}"
         ) from None
-
-
-def _values(part):
-    """The rows of a record batch. A value that Python has nothing for, such as a date in the year
-    20000, costs its row."""
-    try:
-        return part.to_pylist()
-    except Exception as e:  # whatever it meets: OverflowError, ValueError, a time zone's KeyError
-        if part.num_rows == 1:
-            return [_BadRow(f"a value cannot be read: {_short(e)}")]
-    half = part.num_rows // 2
-    return _values(part.slice(0, half)) + _values(part.slice(half))
 
 
 READERS = {".json": _json_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
@@ -427,29 +416,20 @@ class Report:
     # (question's field, answer's field): number of rows that had them
     fields: collections.Counter = field(default_factory=collections.Counter)
     bad: list = field(default_factory=list)  # (place, why) of the unusable rows
-    file: Path | None = None  # the last one that was read
-
-    def reading(self, path):
-        """The rows of a file, as its reader gives them."""
-        self.file = path
-        return READERS[path.suffix.lower()](path)
 
     def check(self, max_bad):
         """Raise DataError when there are no usable rows, or more than the share `max_bad` of
         unusable ones; log what was skipped."""
         if not 0 <= max_bad <= 1:
             raise ValueError(f"max_bad is a share of the rows, from 0 to 1, not {max_bad}")
-        remedy = ""
-        if self.file and download.origin(self.file):
-            remedy = f"; should the file be damaged, {download.again(self.file)}"
         if not self.rows:
-            raise DataError(f"{self.name}: there are no rows in it{remedy}")
+            raise DataError(f"{self.name}: there are no rows in it")
         first = "; ".join(f"{place}: {why}" for place, why in self.bad[:3])
         said = f"{self.name}: {len(self.bad)} of {self.rows} rows are unusable ({first})"
         if len(self.bad) == self.rows or len(self.bad) > max_bad * self.rows:
             raise DataError(
                 f"{said}; at most {max_bad:.4g} of them may be: repair them, remove them, "
-                f"or allow more (max_bad){remedy}"
+                "or allow more (max_bad)"
             )
         if self.bad:
             log.warning("%s", printable(said, keep=""))
@@ -458,7 +438,7 @@ class Report:
 def _usable(report, revision):
     """Iterator of the problems of a set. What was read goes into the report, bad rows too."""
     places = {}  # {id: place}; samples and seeds are told apart by the id
-    for place, row, source in _rows(report.name, revision, report):
+    for place, row, source in _rows(report.name, revision):
         report.rows += 1
         try:
             problem, *names = _problem(row, place, source)

@@ -204,9 +204,8 @@ class Tokenizer:
             template += NO_THOUGHTS
         if self.format == "llama3":
             question, system = question.strip(), system.strip()
-            if (
-                "<|eom_id|>" in self.control
-            ):  # from 3.1 on: always a system message, opened by dates
+            # from 3.1 on there always is a system message, opened by dates
+            if "<|eom_id|>" in self.control:
                 template, system = FORMATS["llama3"][0], LLAMA_DATES + system
         ids = list(self._bos)
         for part in re.split(f"({CONTROL}|{OPTIONAL})", template):
