@@ -80,9 +80,9 @@ NO_THOUGHTS = "<think>\n\n</think>\n\n"
 # Today stays the day of Llama-3.1's template. Llama-3.2's takes the clock's, and a prompt that
 # changes overnight spoils an experiment.
 LLAMA_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
-# what may be a control token in these prompts; all but the last two must be
+# the control tokens in these prompts; the thinking ones are text where a vocabulary lacks them
 CONTROL = r"<\|\w+\|>|<｜[^｜]+｜>|<s>|\[/?INST\]"
-OPTIONAL = r"<think>|</think>"
+THINKING = r"</?think>"
 # Qwen's and Llama's; folders may name only one
 STOPS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>")
 
@@ -166,9 +166,10 @@ class Tokenizer:
         return [self._ids[rank] for rank in ranks]
 
     def _encode_words(self, text):
-        """Word by word, where some words have a token that no merge makes, or bytes have no token:
-        these are taken out once the text was cut into words. What stood around them in one word may
-        merge, what stood in two may not."""
+        """Ids of a text in which words may have a token that no merge makes, or bytes have none.
+
+        Such bytes are taken out once the text is cut into words: what stood around them in one word
+        may merge, what stood in two may not."""
         # lone surrogates, as tiktoken sees to them
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         too_new = bytes(self._too_new.encode_ordinary(text)).decode()
@@ -208,7 +209,7 @@ class Tokenizer:
             if "<|eom_id|>" in self.control:
                 template, system = FORMATS["llama3"][0], LLAMA_DATES + system
         ids = list(self._bos)
-        for part in re.split(f"({CONTROL}|{OPTIONAL})", template):
+        for part in re.split(f"({CONTROL}|{THINKING})", template):
             if part in self.control:
                 ids.append(self.control[part])
             else:
@@ -241,7 +242,8 @@ def load_tokenizer(folder, format="auto"):
         )
     file, config = _read(path), _read(folder / "tokenizer_config.json")
     try:
-        tok, bos = Tokenizer(file), _bos(file, config)
+        tok = Tokenizer(file)
+        bos = tok.control.get(_bos(file, config))
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
     except (KeyError, TypeError, AttributeError, IndexError) as e:
@@ -268,8 +270,8 @@ def load_tokenizer(folder, format="auto"):
     tok.format = format
     if format == "chatml":
         tok.default_system = _default_system(template)
-    if format == "base" and bos in tok.control:
-        tok._bos = [tok.control[bos]]
+    if format == "base" and bos is not None:
+        tok._bos = [bos]
     return tok
 
 
@@ -412,7 +414,7 @@ def _merge_order(merges, ids, plain):
         if not known or made < latest:
             raise ValueError(
                 f"the merge {left!r:.40} {right!r:.40} has a token that is not in the vocabulary, "
-                "or one of a lower id than the merge before it makes"
+                "or makes one of a lower id than the merge before it"
             )
         if made > latest:
             order.append(left + right)
@@ -420,7 +422,7 @@ def _merge_order(merges, ids, plain):
     return order
 
 
-SPLITS = {  # {types of the steps, use_regex of the last: patterns that may be meant}
+SPLITS = {  # types of the steps and use_regex of the last: the patterns that they may stand for
     ("ByteLevel", True): [GPT2],
     ("ByteLevel", False): [NO_SPLIT],
     ("Digits", "ByteLevel", True): [DIGITS],
