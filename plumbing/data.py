@@ -135,9 +135,8 @@ def is_evaluation(name) -> bool:
     """Whether a set is named one to measure with: training on it is a mistake unless somebody says
     that it is not."""
     name = str(name)
-    return re.fullmatch(r"(sums|words)-test(:.*)?", name) is not None or (
-        name in NAMED and NAMED[name].evaluation
-    )
+    held_out = bool(re.fullmatch(r"(sums|words)-test(:.*)?", name))
+    return held_out or (name in NAMED and NAMED[name].evaluation)
 
 
 @dataclass(frozen=True)

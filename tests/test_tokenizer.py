@@ -462,6 +462,11 @@ def stand_in(b):
     return chr(256 + hidden.index(b)) if b in hidden else chr(b)
 
 
+def test_byte_alphabet_is_that_of_tokenizers():
+    assert sorted(tokenizer.byte_alphabet()) == LETTERS
+    assert list(tokenizer.byte_alphabet()) == [stand_in(b) for b in range(256)]
+
+
 def all_splits(vocab):
     """Every split of every token into two tokens, as merges."""
     merges = []
