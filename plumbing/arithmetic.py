@@ -73,7 +73,7 @@ def is_held_out(question) -> bool:
     return zlib.crc32(question.encode()) % 10 == 0
 
 
-def draw_sum(rng, held_out=False) -> list[int]:
+def draw_sum(rng, held_out=False):
     """Three to five numbers from 1 to 9 to be added: a question that is held out, or one that is
     not."""
     while True:
@@ -86,56 +86,52 @@ def sum_text(numbers) -> str:
     return "+".join(map(str, numbers))
 
 
-def sums(n, seed, held_out=False) -> list[tuple[str, str]]:
+def sums(n, seed, held_out=False):
     """n sums as (question, answer); some occur twice."""
     rng = random.Random(f"{seed} {held_out}")
     drawn = [draw_sum(rng, held_out) for _ in range(n)]
     return [(sum_text(numbers), str(sum(numbers))) for numbers in drawn]
 
 
-def happening(rng, value, largest) -> tuple[str, int, int]:
+def happening(rng, value, largest):
     """(operation, number, result): a number from 2 to `largest` that takes `value` to a whole
     number from 1 on.
 
     Products stop at ten times the largest number, and nothing is divided by itself; an addition
     takes their place.
     """
-    operation = rng.choice("+-*/")
-    fits = range(2, largest + 1)
-    if operation == "-":
-        fits = [n for n in fits if n < value]
-    elif operation == "*":
-        fits = [n for n in fits if value * n <= 10 * largest]
-    elif operation == "/":
-        fits = [n for n in fits if n < value and value % n == 0]
-    if not fits:
-        operation, fits = "+", range(2, largest + 1)
-    n = rng.choice(fits)
+    operation, numbers = rng.choice("+-*/"), range(2, largest + 1)
+    fits = {
+        "+": numbers,
+        "-": range(2, min(largest, value - 1) + 1),
+        "*": range(2, min(largest, 10 * largest // value) + 1),
+        "/": [n for n in numbers if n < value and value % n == 0],
+    }
+    operation = operation if fits[operation] else "+"
+    n = rng.choice(fits[operation])
     result = {"+": value + n, "-": value - n, "*": value * n, "/": value // n}
     return operation, n, result[operation]
 
 
-def story(rng, operations, largest) -> tuple[str, str]:
+def story(rng, operations, largest):
     """A word problem as (question, answer)."""
     plot = rng.choice(STORIES)
     who, things = plot["who"] or rng.choice(NAMES), rng.choice(plot["things"])
     first = value = rng.randint(2, largest)
-    text, still = plot["begins"].format(who=who, n=first, things=things), "now"
+    text = plot["begins"].format(who=who, n=first, things=things)
     for i in range(operations):
         operation, n, value = happening(rng, value, largest)
         phrase = rng.choice(plot[operation]).format(n=n)
         boxed = i == 0 and operation == "*" and plot["who"] is None and rng.random() < 0.5
         if boxed:
             text = BOXES.format(who=who, n=first, m=n, things=things)
-            still = "in all" if operations == 1 else "now"
-        elif i == 0:
-            text += f" and {phrase}"
         else:
-            text += f". Then {who} {phrase}"
+            text += f" and {phrase}" if i == 0 else f". Then {who} {phrase}"
+    still = "in all" if boxed and operations == 1 else "now"
     return f"{text}. How many {things} does {who} have {still}?", str(value)
 
 
-def words(n, seed, held_out=False, operations=1, largest=9) -> list[tuple[str, str]]:
+def words(n, seed, held_out=False, operations=1, largest=9):
     """n different word problems as (question, answer)."""
     rng = random.Random(f"words {seed} {held_out}")
     drawn = {}
@@ -146,24 +142,23 @@ def words(n, seed, held_out=False, operations=1, largest=9) -> list[tuple[str, s
     return list(drawn.items())
 
 
-def problems(name) -> list[tuple[str, str]] | None:
+def problems(name):
     """The (question, answer) pairs of a set named as at the top of this file; None where the name
     is not of that kind.
 
     Raises FileNotFoundError for a difficulty that there is not.
     """
-    found = re.fullmatch(r"(sums|words)(-test)?(:.*)?", name)
+    found = re.fullmatch(r"(sums|words)(-test)?(?::(\d{1,4}))?(?::(\d{1,4}))?(:.*)?", name)
     if not found:
         return None
-    kind, held_out, difficulty = found[1], bool(found[2]), found[3]
-    n = TEST if held_out else TRAIN
-    if kind == "sums" and not difficulty:
-        return sums(n, 0, held_out)
-    chosen = re.fullmatch(r"(?::(\d{1,4}))?(?::(\d{1,4}))?", difficulty or "")
-    if kind == "words" and chosen:
-        operations, largest = int(chosen[1] or 1), int(chosen[2] or 9)
-        if 1 <= operations <= MOST_OPERATIONS and LEAST_NUMBER <= largest <= MOST_NUMBER:
-            return words(n, 0, held_out, operations, largest)
+    kind, test, operations, largest, rest = found.groups()
+    n, difficult = TEST if test else TRAIN, operations or rest
+    if kind == "sums" and not difficult:
+        return sums(n, 0, bool(test))
+    operations, largest = int(operations or 1), int(largest or 9)
+    known = 1 <= operations <= MOST_OPERATIONS and LEAST_NUMBER <= largest <= MOST_NUMBER
+    if kind == "words" and known and not rest:
+        return words(n, 0, bool(test), operations, largest)
     raise FileNotFoundError(
         f"there is no set {name!r}; sums has no difficulty, that of words is "
         f"words[:operations[:largest number]], as words:2:20: up to {MOST_OPERATIONS} operations "

@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 
-import pyarrow
 import pyarrow.parquet
 
 import verify
@@ -39,7 +38,9 @@ log = logging.getLogger("nanobupo.data")
 # aime24 has only a `solution`, everywhere else the answer has its own column.
 QUESTION = ("problem", "question", "prompt")
 ANSWER = ("answer", "final_answer", "solution", "ground_truth")
+VERL_ANSWER = "reward_model.ground_truth"
 META = ("difficulty", "level", "subject")
+COLUMNS = (*QUESTION, *ANSWER, "reward_model", "id", "unique_id", *META)  # of parquet files
 MAX_CHARS = 100_000  # of one field; the longest question of the sets below that evaluate has 1,895
 
 
@@ -134,9 +135,8 @@ def is_evaluation(name) -> bool:
     """Whether a set is named one to measure with: training on it is a mistake unless somebody says
     that it is not."""
     name = str(name)
-    return re.fullmatch(r"(sums|words)-test(:.*)?", name) is not None or (
-        name in NAMED and NAMED[name].evaluation
-    )
+    held_out = bool(re.fullmatch(r"(sums|words)-test(:.*)?", name))
+    return held_out or (name in NAMED and NAMED[name].evaluation)
 
 
 @dataclass(frozen=True)
@@ -187,50 +187,23 @@ def hub_file(repo, file, revision, sha256=None):
     return path
 
 
-def _files(name, revision):
-    """Iterator of (path, source name, number of rows to draw or None).
-
-    A path that exists wins over a named set, and needs no network. Files of a named set are
-    fetched one by one, as the iterator comes to them: with a limit, later ones never are.
-    """
-    if _exists(name):
-        return ((p, p.stem, None) for p in _local(Path(os.path.expanduser(name))))
-    name = str(name)
-    if name in NAMED:
-        named = NAMED[name]
-        files = named.files if revision in (None, named.revision) else dict.fromkeys(named.files)
-        commit = revision or named.revision
-        return (
-            (Path(hub_file(named.repo, file, commit, sha256)), name, named.draw)
-            for file, sha256 in files.items()
-        )
-    names = [*NAMED, "sums", "sums-test", "words", "words-test"]
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"the named sets are {', '.join(names)}"
-    raise FileNotFoundError(f"there is no file, folder or named set {name!r}; {hint}")
-
-
 def _exists(name):
     return os.path.exists(os.path.expanduser(str(name)))
 
 
 def _local(path):
     """The files to read at a path: itself, or those of the folder that it is."""
-    kinds = ", ".join(READERS)
     files = [path]
     if path.is_dir():
         files = [p for p in sorted(path.iterdir()) if p.suffix.lower() in READERS]
-        if not files:
-            raise DataError(
-                f"{path}: no {kinds} file in this folder; name the folder that holds the files"
-            )
+    kinds = ", ".join(READERS)
+    if not files:
+        raise DataError(f"{path}: no {kinds} file in this folder")
+    if files[0].suffix.lower() not in READERS:
+        raise DataError(f"{path}: cannot read this kind of file; convert it to one of {kinds}")
     for p in files:
-        if p.suffix.lower() not in READERS:
-            raise DataError(f"{p}: cannot read this kind of file; convert it to one of {kinds}")
         if not p.is_file():  # reading a pipe would wait for ever
-            raise DataError(
-                f"{p}: not a file (a folder, pipe, device or broken link); give one that is"
-            )
+            raise DataError(f"{p}: not a file (a pipe, device or broken link)")
     return files
 
 
@@ -243,25 +216,38 @@ def drawn(rows, number, size) -> set[int]:
     return {i + 1 for i in order(rows, 0, number)[:size]}
 
 
-def _rows(name, revision, report):
-    """Iterator of (place, row or the _BadRow it is, source) of what a name stands for."""
-    if revision and (_exists(name) or str(name) not in NAMED):
+def _rows(name, revision):
+    """Iterator of (place, row or the _BadRow it is, source) of what a name stands for.
+
+    A path that exists wins over a named set, and needs no network. Files of a named set are
+    fetched one by one, as the iterator comes to them: with a limit, later ones never are.
+    """
+    named = NAMED[name] if needs_hub(name) else None
+    if revision and not named:
         raise ValueError(f"{name} has no revisions; sets on the hub have: {', '.join(NAMED)}")
-    made = None if _exists(name) else arithmetic.problems(str(name))
-    if made is not None:
+    if _exists(name):
+        for path in _local(Path(name).expanduser()):
+            for place, row in READERS[path.suffix.lower()](path):
+                yield place, row, path.stem
+    elif named:
+        for number, (file, sha256) in enumerate(named.files.items()):
+            if revision not in (None, named.revision):
+                sha256 = None  # another revision has other hashes
+            path = hub_file(named.repo, file, revision or named.revision, sha256)
+            rows = READERS[path.suffix](path)
+            if named.draw:
+                rows = list(rows)
+                rows = [rows[n - 1] for n in sorted(drawn(len(rows), number, named.draw))]
+            for place, row in rows:
+                yield place, row, name
+    elif (made := arithmetic.problems(name)) is not None:
         for n, (question, answer) in enumerate(made, 1):
-            yield f"{name} row {n}", {"question": question, "answer": answer}, str(name)
-        return
-    for number, (path, source, draw) in enumerate(_files(name, revision)):
-        if download.origin(path):
-            report.remedy = f"; should the file be damaged, {download.again(path)}"
-        rows = READERS[path.suffix.lower()](path)
-        if draw:
-            rows = list(rows)
-            chosen = drawn(len(rows), number, draw)
-            rows = (row for n, row in enumerate(rows, 1) if n in chosen)
-        for place, row in rows:
-            yield place, row, source
+            yield f"{name} row {n}", {"question": question, "answer": answer}, name
+    else:
+        names = [*NAMED, "sums", "sums-test", "words", "words-test"]
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"the named sets are {', '.join(names)}"
+        raise FileNotFoundError(f"there is no file, folder or named set {name!r}; {hint}")
 
 
 # ------------------------------ the three formats: iterators of (place, row or the _BadRow it is)
@@ -286,64 +272,46 @@ def _jsonl_rows(path):
 def _json_rows(path):
     raw = path.read_bytes()
     value = _json_value(raw) if raw.strip() else []
-    if isinstance(value, _BadRow):
-        if not re.match(rb"\s*\{.*\}\s*\n\s*\{", raw):  # many a .json file has one object a line
-            raise DataError(f"{path}: {value}; repair it, or {download.again(path)}")
-        yield from _jsonl_rows(path)
+    if isinstance(value, _BadRow) and re.match(rb"\s*\{.*\}\s*\n\s*\{", raw):
+        yield from _jsonl_rows(path)  # many a .json file has one object a line
         return
+    if isinstance(value, _BadRow):
+        raise DataError(f"{path}: {value}; repair it, or {download.again(path)}")
     if isinstance(value, dict):
-        lists = [
-            k
-            for k, v in value.items()
-            if isinstance(v, list) and all(isinstance(row, dict) for row in v)
-        ]
-        value = value[lists[0]] if len(lists) == 1 else None
+        lists = [v for v in value.values() if isinstance(v, list)]
+        lists = [v for v in lists if all(isinstance(row, dict) for row in v)]
+        value = lists[0] if len(lists) == 1 else None
     if not isinstance(value, list):
         raise DataError(
             f"{path}: expected an array of objects, or one object with exactly one such array in it"
         )
-    yield from ((f"{path.name} row {n}", row) for n, row in enumerate(value, 1))
+    for n, row in enumerate(value, 1):
+        yield f"{path.name} row {n}", row
 
 
 def _parquet_rows(path):
+    n = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as f:
             has = f.schema_arrow.names
-            columns = [_pick(has, QUESTION), _pick(has, ANSWER) or "reward_model.ground_truth"]
-            if not columns[0] or columns[1].split(".")[0] not in has:
+            if not _pick(has, QUESTION) or not (_pick(has, ANSWER) or "reward_model" in has):
                 raise DataError(
                     f"{path}: needs a column {' or '.join(QUESTION)} "
                     f"and one {' or '.join(ANSWER)}; it has {_short(has)}"
                 )
-            columns += [name for name in has if name in ("id", "unique_id", *META)]
             # Only these are read: DeepMath has three long solutions beside each question, nearly
             # all of its 2 GB.
-            for n, part in enumerate(f.iter_batches(batch_size=1024, columns=columns)):
-                yield from (
-                    (f"{path.name} row {1024 * n + i}", row)
-                    for i, row in enumerate(_values(part), 1)
-                )
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
+            columns = [name for name in has if name.lower() in COLUMNS]
+            for part in f.iter_batches(batch_size=1024, columns=columns):
+                for row in part.to_pylist():
+                    n += 1
+                    yield f"{path.name} row {n}", row
+    except DataError:
+        raise
+    except Exception as e:  # of pyarrow's own, or of a value that Python has nothing for
         raise DataError(
             f"{path}: not a readable parquet file ({_short(e)}); {download.again(path)}"
         ) from None
-
-
-def _values(part):
-    """The rows of a record batch. A value that Python has nothing for, such as a date in the year
-    20000, costs its row."""
-    try:
-        return part.to_pylist()
-    except (
-        Exception
-    ):  # whatever it meets: OverflowError, ValueError, a time zone's KeyError, its own
-        rows = []
-    for i in range(part.num_rows):
-        try:
-            rows += part.slice(i, 1).to_pylist()
-        except Exception as e:
-            rows.append(_BadRow(f"a value cannot be read: {_short(e)}"))
-    return rows
 
 
 READERS = {".json": _json_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
@@ -383,12 +351,12 @@ def _text(value, name):
 def _answer(value, name):
     """The gold answer as text: numbers in their shortest form (27.0 -> 27), worked solutions cut to
     their \\boxed{} or #### answer."""
-    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
-        # isfinite of an integer beyond 1e308 is an error itself
-        if not isinstance(value, int) and not math.isfinite(value):
-            raise _BadRow(f"{name!r} is {value}")
+    if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
         # by way of its shortest form: int(1e23) would be 99999999999999991611392
-        value = str(value) if isinstance(value, int) else format(Decimal(str(value)), "f")
+        number = Decimal(str(value))
+        if not number.is_finite():
+            raise _BadRow(f"{name!r} is {value}")
+        value = format(number, "f")
     text = _text(value, name)
     if re.search(r"\\f?box|####", text):
         parts = verify.boxes(text)  # of the last sentence, where they are a list
@@ -410,39 +378,32 @@ def _problem(row, place, source):
         raise row
     if not isinstance(row, dict):
         raise _BadRow(f"{type(row).__name__}, expected an object")
-    q, a, gold = _pick(row, QUESTION), _pick(row, ANSWER), row.get("reward_model")
-    if a is None and isinstance(gold, dict) and "ground_truth" in gold:
-        a, gold = "reward_model.ground_truth", gold["ground_truth"]
-    elif a is not None:
-        gold = row[a]
-    for name, aliases in (q, QUESTION), (a, ANSWER):
-        if name is None:
-            has = _short(list(row)) if row else "none"
-            raise _BadRow(f"none of the fields {', '.join(aliases)}; it has {has}")
+    nested = row.get("reward_model")
+    if isinstance(nested, dict) and "ground_truth" in nested:
+        row = {**row, VERL_ANSWER: nested["ground_truth"]}
+    q, a = _pick(row, QUESTION), _pick(row, (*ANSWER, VERL_ANSWER))
+    if q is None or a is None:
+        wanted = ", ".join(QUESTION if q is None else ANSWER)
+        has = _short(list(row)) if row else "none"
+        raise _BadRow(f"none of the fields {wanted}; it has {has}")
     question = row[q]
-    if isinstance(question, list):  # messages
-        said = [
-            m.get("content") for m in question if isinstance(m, dict) and m.get("role") == "user"
-        ]
-        if len(said) != 1:
-            raise _BadRow(f"{q!r} has {len(said)} user messages, expected one")
-        question = said[0]
+    if isinstance(question, list):
+        messages = [m for m in question if isinstance(m, dict) and m.get("role") == "user"]
+        if len(messages) != 1:
+            raise _BadRow(f"{q!r} has {len(messages)} user messages, expected one")
+        question = messages[0].get("content")
     own = row.get(_pick(row, ("id", "unique_id")))
-    own = f"{source}/{_text(str(own), 'id')}" if isinstance(own, str | int) and own != "" else place
-    meta = {k: row[k] for k in META if isinstance(row.get(k), str | int | float)}
-    return Problem(_text(question, q), _answer(gold, a), own, source, meta), q, a
+    if isinstance(own, (str, int)) and own != "":
+        place = f"{source}/{_text(str(own), 'id')}"
+    meta = {k: row[k] for k in META if isinstance(row.get(k), (str, int, float))}
+    return Problem(_text(question, q), _answer(row[a], a), place, source, meta), q, a
 
 
 def difficulty_of(problem) -> float | None:
     """The number in its row's difficulty or level (5.5, 4, "Level 4"), or None."""
-    value = problem.meta.get("difficulty", problem.meta.get("level"))
-    if isinstance(value, str):
-        number = re.search(r"-?\d+(\.\d+)?", value)
-        value = number[0] if number else None
-    try:
-        return None if value is None else float(value)
-    except OverflowError:  # a whole number beyond 1e308
-        return math.inf
+    value = str(problem.meta.get("difficulty", problem.meta.get("level")))
+    number = re.search(r"-?\d+(\.\d+)?(e[+-]\d+)?", value)
+    return float(number[0]) if number else None
 
 
 @dataclass
@@ -454,29 +415,42 @@ class Report:
     # (question's field, answer's field): number of rows that had them
     fields: collections.Counter = field(default_factory=collections.Counter)
     bad: list = field(default_factory=list)  # (place, why) of the unusable rows
-    remedy: str = ""  # how to fetch a file of the hub once more
 
     def check(self, max_bad):
         """Raise DataError when there are no usable rows, or more than the share `max_bad` of
         unusable ones; log what was skipped."""
         if not 0 <= max_bad <= 1:
             raise ValueError(f"max_bad is a share of the rows, from 0 to 1, not {max_bad}")
-        first = "; ".join(f"{place}: {why}" for place, why in self.bad[:3])
-        if len(self.bad) > 3:
-            first += "; ..."
-        said = f"{self.name}: {len(self.bad)} of {self.rows} rows are unusable ({first})"
         if not self.rows:
-            raise DataError(f"{self.name}: there are no rows in it{self.remedy}")
+            raise DataError(f"{self.name}: there are no rows in it")
+        first = "; ".join(f"{place}: {why}" for place, why in self.bad[:3])
+        said = f"{self.name}: {len(self.bad)} of {self.rows} rows are unusable ({first})"
         if len(self.bad) == self.rows or len(self.bad) > max_bad * self.rows:
             raise DataError(
                 f"{said}; at most {max_bad:.4g} of them may be: repair them, remove them, "
-                f"or allow more (max_bad){self.remedy}"
+                "or allow more (max_bad)"
             )
         if self.bad:
             log.warning("%s", printable(said, keep=""))
 
 
-def read(name_or_path, limit=None, difficulty=None, revision=None):
+def _usable(report, revision):
+    """Iterator of the problems of a set. What was read goes into the report, bad rows too."""
+    places = {}  # {id: place}; samples and seeds are told apart by the id
+    for place, row, source in _rows(report.name, revision):
+        report.rows += 1
+        try:
+            problem, *names = _problem(row, place, source)
+            if places.setdefault(problem.id, place) != place:
+                raise _BadRow(f"the id {problem.id!r:.80} is that of {places[problem.id]}")
+        except _BadRow as e:
+            report.bad.append((place, str(e)))
+        else:
+            report.fields[tuple(names)] += 1
+            yield problem
+
+
+def read_problems(name_or_path, limit=None, difficulty=None, revision=None):
     """([Problem], Report): every usable row, however many are not.
 
     Raises as `load_problems` for what cannot be read at all.
@@ -487,25 +461,14 @@ def read(name_or_path, limit=None, difficulty=None, revision=None):
     if not lowest <= highest:
         raise ValueError(f"difficulty is (lowest, highest), not {difficulty}")
     report = Report(str(name_or_path))
-    problems, ids, left_out = [], {}, []
-    for place, row, source in _rows(name_or_path, revision, report):
-        report.rows += 1
-        try:
-            problem, *names = _problem(row, place, source)
-            # samples and seeds are told apart by the id
-            if ids.setdefault(problem.id, place) != place:
-                raise _BadRow(f"the id {problem.id!r:.80} is that of {ids[problem.id]}")
-        except _BadRow as e:
-            report.bad.append((place, str(e)))
+    problems, left_out = [], []  # left_out: difficulties
+    for problem in _usable(report, revision):
+        hard = difficulty_of(problem)
+        if difficulty and (hard is None or not lowest <= hard <= highest):
+            left_out.append(hard)
+            if left_out == [None] * 1000:
+                break  # there is no such column: no reason to fetch the next file
             continue
-        report.fields[tuple(names)] += 1
-        if difficulty:
-            hard = difficulty_of(problem)
-            if hard is None or not lowest <= hard <= highest:
-                left_out.append(hard)
-                if len(left_out) == 1000 and set(left_out) == {None}:
-                    break  # there is no such column: no reason to fetch the next file
-                continue
         problems.append(problem)
         if len(problems) == limit:
             break
@@ -519,8 +482,7 @@ def read(name_or_path, limit=None, difficulty=None, revision=None):
             f"{theirs}"
         )
     if left_out:
-        said = f"{report.name}: difficulty {lowest:g} to {highest:g} left out {len(left_out)}"
-        log.info("%s", said)
+        log.info("%s: difficulty %g to %g left out %d", report.name, lowest, highest, len(left_out))
     return problems, report
 
 
@@ -538,7 +500,7 @@ def load_problems(name_or_path, limit=None, max_bad=0.0, difficulty=None, revisi
     places, when more rows are unusable or when none is left; FileNotFoundError for a name that is
     nothing of all this; OSError for a file that may not be read.
     """
-    problems, report = read(name_or_path, limit, difficulty, revision)
+    problems, report = read_problems(name_or_path, limit, difficulty, revision)
     report.check(max_bad)
     for (q, a), n in report.fields.items():
         log.info("%s: question from %r, answer from %r (%d rows)", report.name, q, a, n)
@@ -596,10 +558,7 @@ def batch(problems, step, batch_size, seed):
     walked through as often as it takes.
     """
     if not problems or step < 1 or batch_size < 1:
-        raise ValueError(
-            f"batch needs problems, step and batch_size from 1 on, not {len(problems)}, {step} "
-            f"and {batch_size}"
-        )
+        raise ValueError("batch needs problems, and a step and batch_size from 1 on")
     n, start = len(problems), (step - 1) * batch_size
     return [problems[_order(n, seed, i // n)[i % n]] for i in range(start, start + batch_size)]
 
@@ -616,7 +575,8 @@ def fingerprint(problems):
 
 def span(text) -> tuple[float, float]:
     """argparse type of --difficulty: 5-8, 5.5-8 or 6, as (lowest, highest)."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(?:-(\d+(?:\.\d+)?))?", text)
-    if not found or float(found[1]) > float(found[2] or found[1]):
+    shape = r"\d+(\.\d+)?(-\d+(\.\d+)?)?"
+    numbers = [float(n) for n in text.split("-")] if re.fullmatch(shape, text) else []
+    if not numbers or numbers[0] > numbers[-1]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a difficulty such as 5-8 or 6")
-    return float(found[1]), float(found[2] or found[1])
+    return numbers[0], numbers[-1]

@@ -1,25 +1,24 @@
 """Files of the Hugging Face hub: from its cache if they are there, and only if they are what the
 hub has.
 
-    hub.fetch("dataset", "openai/gsm8k", revision, "main/test-00000-of-00001.parquet")   a path
-    hub.snapshot("Qwen/Qwen3-4B", None, ["config.json", "*.safetensors"], complete)      a folder
-    hub.commit(folder)                                              the commit that it stands for
+    fetch("dataset", "openai/gsm8k", revision, "main/test-00000-of-00001.parquet")   a path
+    snapshot("Qwen/Qwen3-4B", None, ["config.json", "*.safetensors"], complete)      a folder
+    commit(folder)                                              the commit that it stands for
 
 What the cache holds costs no request. What is missing is asked for with one line and a time limit,
-by a process of its
-own: Ctrl-C ends that one at once, whatever moves its bytes. The cache names each file by the hash
-of its content, and `check` compares: a cut file, a captive portal's page or a flipped bit ends in
-one line with the command that mends it.
+by a process of its own: Ctrl-C ends that one at once, whatever moves its bytes. The cache names
+each file by the hash of its content, and `check` compares: a cut file, a captive portal's page or a
+flipped bit ends in one line with the command that mends it.
 
 HF_HUB_OFFLINE=1 (not one request), HF_HOME, HF_ENDPOINT, HF_HUB_ETAG_TIMEOUT (seconds that the hub
 has to answer, 10) and the token of `hf auth login` work as they do everywhere.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -29,6 +28,14 @@ import huggingface_hub
 from huggingface_hub import constants
 
 COMMIT = r"[0-9a-f]{40}"
+REASONS = {  # exception of the hub's library: what it means; the first that fits
+    "GatedRepoError": "access is restricted (403): ask on its page, then `hf auth login`",
+    "RepositoryNotFoundError": "none of that name, or a private one: `hf auth login`",
+    "RevisionNotFoundError": "there is no such revision",
+    "LocalEntryNotFoundError": "it is not in the cache and the hub cannot be asked",
+    "OfflineModeIsEnabled": "it is not in the cache and the hub cannot be asked",
+    "EntryNotFoundError": "there is no such file in it",
+}
 
 
 class HubError(ValueError):
@@ -41,14 +48,13 @@ def origin(path):
     CACHE/datasets--openai--gsm8k/snapshots/COMMIT/main/test.parquet is file main/test.parquet of
     dataset openai/gsm8k.
     """
-    parts = Path(
-        os.path.abspath(path)
-    ).parts  # not resolved: a snapshot's files are links that lead out of it
-    for i, (folder, middle, name) in enumerate(zip(parts, parts[1:], parts[2:], strict=False)):
-        repo = re.fullmatch(r"(model|dataset)s--([\w.-]+)", folder)
-        if repo and middle == "snapshots" and re.fullmatch(COMMIT, name):
-            return repo[1], repo[2].replace("--", "/"), name, "/".join(parts[i + 3 :])
-    return None
+    # not resolved: a snapshot's files are links that lead out of it
+    path = Path(os.path.abspath(path)).as_posix()
+    found = re.search(rf"/(model|dataset)s--([\w.-]+)/snapshots/({COMMIT})(?:/(.*))?$", path)
+    if not found:
+        return None
+    kind, repo, name, file = found.groups(default="")
+    return kind, repo.replace("--", "/"), name, file
 
 
 def commit(path):
@@ -58,14 +64,11 @@ def commit(path):
     return found and found[2]
 
 
-def command(kind, repo, revision=None, file="", *flags):
+def command(kind, repo, revision=None, file="", force=""):
     """The `hf download` that fetches it."""
-    words = ["hf download", repo, file, *flags]
-    if kind == "dataset":
-        words.append("--repo-type dataset")
-    if revision:
-        words.append(f"--revision {revision}")
-    return " ".join(word for word in words if word)
+    kind = "--repo-type dataset" if kind == "dataset" else ""
+    revision = f"--revision {revision}" if revision else ""
+    return " ".join(filter(None, ["hf download", repo, file, force, kind, revision]))
 
 
 def again(path):
@@ -74,8 +77,7 @@ def again(path):
     found = origin(path)
     if not found:
         return "fetch or write it again"
-    kind, repo, revision, file = found
-    return f"run `{command(kind, repo, revision, file, '--force-download')}`"
+    return f"run `{command(*found, force='--force-download')}`"
 
 
 # ------------------------------------------------------------------------- is it what the hub has
@@ -95,13 +97,15 @@ def check(path, sha256=None, once=False):
     if not re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", wanted):
         return
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    marker = cache / "nanobupo" / "checked" / wanted
-    about = os.stat(path)
+    marker, about = cache / "nanobupo" / "checked" / wanted, os.stat(path)
     stamp = f"{about.st_size} {about.st_mtime_ns}"
-    if once and _reads(marker, stamp):
-        return
-    if once and about.st_size > 1e9:
-        print(f"checking {path} ({about.st_size / 1e9:.1f} GB), once", file=sys.stderr, flush=True)
+    if once:
+        with contextlib.suppress(OSError, ValueError):  # no marker, or no text
+            if marker.read_text() == stamp:
+                return
+        if about.st_size > 1e9:
+            size = f"{about.st_size / 1e9:.1f} GB"
+            print(f"checking {path} ({size}), once", file=sys.stderr, flush=True)
     found = _hashes(path, about.st_size, wanted)
     if wanted not in found:
         raise HubError(
@@ -109,18 +113,10 @@ def check(path, sha256=None, once=False):
             f"{wanted[:12]}); {again(path)}"
         )
     if once:
-        try:
+        # a home that cannot be written to: the next start reads the weights once more
+        with contextlib.suppress(OSError):
             marker.parent.mkdir(parents=True, exist_ok=True)
             marker.write_text(stamp)
-        except OSError:
-            pass  # a home that cannot be written to: the next start reads the weights once more
-
-
-def _reads(marker, text):
-    try:
-        return marker.read_text() == text
-    except (OSError, ValueError):
-        return False
 
 
 def _hashes(path, size, wanted):
@@ -141,15 +137,12 @@ def _hashes(path, size, wanted):
 def fetch(kind, repo, revision, file):
     """Path of one file of a repository ("model" or "dataset") in the cache, downloaded if it is
     not there."""
-    try:
-        cached = huggingface_hub.try_to_load_from_cache(
-            repo, file, revision=revision, repo_type=kind
-        )
-    except Exception as e:  # a cache that may not be read, a name that none can have
-        raise _not_had(kind, repo, revision, file, why(e)) from None
-    if isinstance(cached, str):
-        return Path(cached)
-    return Path(_ask(kind, repo, revision, file=file))
+
+    def cached():
+        path = huggingface_hub.try_to_load_from_cache(repo, file, revision=revision, repo_type=kind)
+        return path if isinstance(path, str) else None
+
+    return _get(cached, kind=kind, repo=repo, revision=revision, file=file)
 
 
 def snapshot(repo, revision, patterns, complete):
@@ -161,71 +154,59 @@ def snapshot(repo, revision, patterns, complete):
     complete(folder) -> bool: whether the cache has what is needed. Older libraries cannot tell,
     newer ones know the list.
     """
-    try:
-        folder = huggingface_hub.snapshot_download(
-            repo, revision=revision, allow_patterns=patterns, local_files_only=True
-        )
-        if complete(Path(folder)):
-            return Path(folder)
-    except FileNotFoundError:
-        pass  # not there, or by the library's own list not whole
-    except Exception as e:
-        raise _not_had("model", repo, revision, "", why(e)) from None
-    return Path(_ask("model", repo, revision, patterns=patterns))
 
-
-def _ask(kind, repo, revision, file="", patterns=None):
-    """Its path, once a process of its own has downloaded it. Raises HubError, and
-    KeyboardInterrupt at once."""
-    if constants.HF_HUB_OFFLINE:
-        raise _not_had(
-            kind, repo, revision, file, "it is not in the cache, and HF_HUB_OFFLINE is set"
-        )
-    if os.environ.get("RANK", "0") == "0":  # under torchrun one rank says it for all
-        what = _named(kind, repo, revision, file)
-        print(f"fetching {what} from {constants.ENDPOINT}", file=sys.stderr, flush=True)
-    request = dict(kind=kind, repo=repo, revision=revision, file=file, patterns=patterns)
-    request["cache"] = str(constants.HF_HUB_CACHE)
-    # stdin is held open for as long as this process lives: see `main`
-    child = subprocess.Popen(
-        [sys.executable, __file__, json.dumps(request)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        said = child.stdout.read()
-        child.wait()
-    except BaseException:  # Ctrl-C, or a signal that ends a run
-        child.send_signal(signal.SIGINT)  # lets it remove what is half done
+    def cached():
         try:
-            child.wait(1)
-        except subprocess.TimeoutExpired:
-            child.kill()
-        raise
+            folder = huggingface_hub.snapshot_download(
+                repo, revision=revision, allow_patterns=patterns, local_files_only=True
+            )
+        except FileNotFoundError:  # not there, or by the library's own list not whole
+            return None
+        return folder if complete(Path(folder)) else None
+
+    return _get(cached, kind="model", repo=repo, revision=revision, patterns=patterns)
+
+
+def _get(cached, kind, repo, revision, file="", patterns=None):
+    """Path from the cache, else from the hub. Whatever fails on the way is a HubError from here."""
+    what = f"{file or 'the files'} of the hub's {kind} {repo}"
+    what += f" at revision {revision}" if revision else ""
+    try:
+        path = cached()
+        if path is None:
+            if constants.HF_HUB_OFFLINE:
+                raise HubError("it is not in the cache, and HF_HUB_OFFLINE is set")
+            if os.environ.get("RANK", "0") == "0":  # under torchrun one rank says it for all
+                print(f"fetching {what} from {constants.ENDPOINT}", file=sys.stderr, flush=True)
+            path = _ask(dict(kind=kind, repo=repo, revision=revision, file=file, patterns=patterns))
+        return Path(path)
+    except Exception as e:
+        raise HubError(
+            f"cannot get {what}: {why(e)}. Cache folder: {constants.HF_HUB_CACHE}. "
+            f"Run `{command(kind, repo, revision, file)}` where there is a network, or set HF_HOME "
+            "to a folder whose cache has it, or give the path of a local copy"
+        ) from None
+
+
+def _ask(request):
+    """The path that a process of its own answers once it has downloaded. Raises HubError with its
+    reason. Ctrl-C, and whatever else ends the wait, ends that process."""
+    request["cache"] = str(constants.HF_HUB_CACHE)
+    theirs, ours = os.pipe()  # ours is open for as long as this process lives: see `main`
+    try:
+        child = subprocess.run(
+            [sys.executable, __file__, json.dumps(request)],
+            stdin=theirs,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
     finally:
-        child.stdin.close()
-        child.stdout.close()
-    if not said:
-        said = json.dumps({"why": f"the download ended with code {child.returncode}"})
-    answer = json.loads(said.splitlines()[-1])
-    if "why" in answer:
-        raise _not_had(kind, repo, revision, file, answer["why"])
-    return answer["path"]
-
-
-def _named(kind, repo, revision, file):
-    at = f" at revision {revision}" if revision else ""
-    return f"{file or 'the files'} of the hub's {kind} {repo}{at}"
-
-
-def _not_had(kind, repo, revision, file, reason):
-    return HubError(
-        f"cannot get {_named(kind, repo, revision, file)}: {reason}. "
-        f"Cache folder: {constants.HF_HUB_CACHE}. Run `{command(kind, repo, revision, file)}` "
-        "where there is a network, or set HF_HOME to a folder whose cache has it, or give the path "
-        "of a local copy"
-    )
+        os.close(theirs)
+        os.close(ours)
+    said = [f"the download ended with code {child.returncode}", *child.stdout.splitlines()]
+    if child.returncode:
+        raise HubError(said[-1])
+    return said[-1]
 
 
 # --------------------------------------------------------------------- the process that downloads
@@ -236,19 +217,10 @@ def why(error):
     common class."""
     from huggingface_hub import errors  # here: it takes a quarter of a second
 
-    absent = "it is not in the cache and the hub cannot be asked"
-    known = (
-        (
-            errors.GatedRepoError,
-            "access is restricted (403): ask on its page, then `hf auth login`",
-        ),
-        (errors.RepositoryNotFoundError, "none of that name, or a private one: `hf auth login`"),
-        (errors.RevisionNotFoundError, "there is no such revision"),
-        ((errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled), absent),
-        (errors.EntryNotFoundError, "there is no such file in it"),
-    )
-    for kind, text in known:
-        if isinstance(error, kind):
+    if isinstance(error, HubError):
+        return str(error)
+    for name, text in REASONS.items():
+        if isinstance(error, getattr(errors, name)):
             return text
     name = type(error).__name__
     if "Timeout" in name:
@@ -266,21 +238,20 @@ def download(kind, repo, revision, file, patterns, cache):
     The library asks a hub that does not answer for many minutes. So it is asked once, with a
     limit, before.
     """
+    about = dict(repo_type=kind, revision=revision)
     limit = constants.HF_HUB_ETAG_TIMEOUT
     if file:
-        url = huggingface_hub.hf_hub_url(repo, file, repo_type=kind, revision=revision)
+        url = huggingface_hub.hf_hub_url(repo, file, **about)
         huggingface_hub.get_hf_file_metadata(url, timeout=limit)
-        return huggingface_hub.hf_hub_download(
-            repo, file, repo_type=kind, revision=revision, cache_dir=cache
-        )
-    huggingface_hub.HfApi().repo_info(repo, repo_type=kind, revision=revision, timeout=limit)
+        return huggingface_hub.hf_hub_download(repo, file, cache_dir=cache, **about)
+    huggingface_hub.HfApi().repo_info(repo, timeout=limit, **about)
     return huggingface_hub.snapshot_download(
-        repo, repo_type=kind, revision=revision, allow_patterns=patterns, cache_dir=cache
+        repo, allow_patterns=patterns, cache_dir=cache, **about
     )
 
 
 def main(request):
-    """Answer one request of `_ask`: {"path": ...} or {"why": ...} on stdout."""
+    """Answer one request of `_ask` on stdout: the path, or with exit code 1 why there is none."""
 
     def end_with_parent():
         os.read(0, 1)  # returns when the other process has ended, however that came
@@ -288,12 +259,12 @@ def main(request):
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
-        answer = {"path": str(download(**json.loads(request)))}
+        print(download(**json.loads(request)), flush=True)
     except KeyboardInterrupt:
         os._exit(130)  # the other process says so
     except Exception as e:
-        answer = {"why": why(e)}
-    print(json.dumps(answer), flush=True)
+        print(why(e), flush=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

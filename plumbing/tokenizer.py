@@ -1,7 +1,7 @@
 """Text to token ids and back, from a checkpoint's own tokenizer.json, and the prompt formats of the
 model families.
 
-    tok = load("path/to/Qwen3-4B")               # a Hugging Face folder
+    tok = load_tokenizer("path/to/Qwen3-4B")     # a Hugging Face folder
     ids = tok.chat("What is 12 * 34?")           # the prompt, up to where the reply starts
     tok.decode(ids), tok.stop_ids, tok.n_vocab
 
@@ -12,18 +12,19 @@ tokens (with them that library makes control tokens of spellings found in text).
 vocabulary has no token for are dropped, as that library drops them: SmolLM2 lacks 21 of 256,
 control bytes and such as hardly any text has.
 
-What was simplified: byte-level BPE only, with the split patterns of the families we train; prompts
-of one question; no Jinja is run.
+What was simplified: byte-level BPE only, with ids that rise with the merges and the split patterns
+of the families we train; prompts of one question; no Jinja is run.
 """
 
-import json
 import re
 import unicodedata
-from functools import cache
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 
+import regex  # comes with tiktoken
 import tiktoken
+
+from plumbing.rows import read_json
 
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 MAX_FILE = 64 * 2**20  # bytes; the largest tokenizer.json in use has about 20 MB
@@ -33,7 +34,10 @@ UNKNOWN = "\ufffd".encode()
 
 # A split pattern is code that runs on every text: a file may name one of these and nothing else.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # noqa: E501
+QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # up to three digits together, where Qwen takes them one by one
 LLAMA3 = QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 # Mistral-Nemo: also splits camelCase
@@ -45,97 +49,43 @@ NEMO = (
 # SmolLM2, StarCoder: digits are cut out one by one, and GPT-2's pattern cuts what is left between
 # them. So no space joins a digit, and a digit ends white space as the end of the text does. The
 # step that cuts them out knows the digits of Unicode 17, which no \p{N} here has yet.
-NUMBER = r"\p{N}" + "\U00011de0-\U00011de9\U00016ff4-\U00016ff6"
-DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|[#]| ?[^\s\p{L}#]+|\s+(?![^\s#])|\s+"
-DIGITS = DIGITS.replace("#", NUMBER)
+NEW_DIGITS = "\U00011de0-\U00011de9\U00016ff4-\U00016ff6"
+DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|[\p{N}#]| ?[^\s\p{L}\p{N}#]+|\s+(?![^\s\p{N}#])|\s+"
+DIGITS = DIGITS.replace("#", NEW_DIGITS)
+TOO_NEW = rf"[^\P{{Cn}}{NEW_DIGITS}]"  # characters that tiktoken has no class for
 NO_SPLIT = r"(?s:.+)"
 
 
 # ---------------------------------------------------------------- prompt formats
-# Each gives the prompt as a list of control-token ids and plain texts. `c` maps the spelling of a
-# control token to its id.
 
+CHATML = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+LLAMA = (
+    "<|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n"
+)
+LLAMA_SYSTEM = "<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>"
+DEEPSEEK = "<｜begin▁of▁sentence｜>{system}<｜User｜>{question}<｜Assistant｜><think>\n"
 
-def chatml(c, question, system, thinking):
-    """Qwen2.5, Qwen3, SmolLM2. Where there is a <think> token (Qwen3), thinking=False adds the
-    empty think block, as Qwen3's template does for enable_thinking=False; the template of
-    Qwen3-Instruct-2507 has no such block: use thinking=True there. Without a system text there is
-    no system message, as in Qwen3; templates that have one of their own (SmolLM2, Qwen2.5) are seen
-    to by `Tokenizer.default_system`."""
-
-    def turn(role, text):
-        return [c["<|im_start|>"], f"{role}\n{text}", c["<|im_end|>"], "\n"]
-
-    parts = (
-        (turn("system", system) if system else [])
-        + turn("user", question)
-        + [c["<|im_start|>"], "assistant\n"]
-    )
-    if "<think>" in c and "</think>" in c and not thinking:
-        parts += [c["<think>"], "\n\n", c["</think>"], "\n\n"]
-    return parts
-
-
-def llama3(c, question, system, thinking):
-    """Llama 3. From 3.1 on (which has <|eom_id|>, unlike 3.0) the template always gives a system
-    message, opened by two date lines. Today stays the day of Llama-3.1's template; Llama-3.2's
-    takes the clock's, and a prompt that changes overnight spoils an experiment."""
-
-    def turn(role, text):
-        return [
-            c["<|start_header_id|>"],
-            role,
-            c["<|end_header_id|>"],
-            "\n\n" + text,
-            c["<|eot_id|>"],
-        ]
-
-    dates = (
-        "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
-        if "<|eom_id|>" in c
-        else ""
-    )
-    head = turn("system", dates + system.strip()) if dates or system else []
-    reply = [c["<|start_header_id|>"], "assistant", c["<|end_header_id|>"], "\n\n"]
-    return [c["<|begin_of_text|>"], *head, *turn("user", question.strip()), *reply]
-
-
-def deepseek(c, question, system, thinking):
-    """DeepSeek-R1-Distill. These models always think: since February 2025 their template opens the
-    think block itself."""
-    think = [c["<think>"], "\n"] if "<think>" in c else ["<think>\n"]
-    return [
-        c["<｜begin▁of▁sentence｜>"],
-        system,
-        c["<｜User｜>"],
-        question,
-        c["<｜Assistant｜>"],
-        *think,
-    ]
-
-
-def mistral(c, question, system, thinking):
-    """Mistral-Nemo-Instruct: the system text heads the user's message, with no spaces around."""
-    return [c["<s>"], c["[INST]"], f"{system}\n\n{question}" if system else question, c["[/INST]"]]
-
-
-def base(c, question, system, thinking):
-    """Models that never learnt a chat format: the question, then the instruction, each on its
-    line."""
-    return [f"{question}\n{system}\n" if system else f"{question}\n"]
-
-
-# name: (function, the control tokens it needs); "auto" takes the first whose tokens are all there
+# name: (the prompt with a system text, and without one), up to where the reply starts
 FORMATS = {
-    "chatml": (chatml, ("<|im_start|>", "<|im_end|>")),
-    "llama3": (
-        llama3,
-        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    ),
-    "deepseek": (deepseek, ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")),
-    "mistral": (mistral, ("<s>", "[INST]", "[/INST]")),
-    "base": (base, ()),
+    # Qwen2.5, Qwen3, SmolLM2
+    "chatml": ("<|im_start|>system\n{system}<|im_end|>\n" + CHATML, CHATML),
+    "llama3": ("<|begin_of_text|>" + LLAMA_SYSTEM + LLAMA, "<|begin_of_text|>" + LLAMA),
+    # DeepSeek-R1-Distill: always thinks, and since February 2025 its template says so
+    "deepseek": (DEEPSEEK, DEEPSEEK.replace("{system}", "")),
+    # Mistral-Nemo-Instruct
+    "mistral": ("<s>[INST]{system}\n\n{question}[/INST]", "<s>[INST]{question}[/INST]"),
+    # models that never learnt a chat format
+    "base": ("{question}\n{system}\n", "{question}\n"),
 }
+# Qwen3's, for enable_thinking=False. Qwen3-Instruct-2507 has no such block: use thinking=True there
+NO_THOUGHTS = "<think>\n\n</think>\n\n"
+# Today stays the day of Llama-3.1's template. Llama-3.2's takes the clock's, and a prompt that
+# changes overnight spoils an experiment.
+LLAMA_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+# the control tokens in these prompts; the thinking ones are text where a vocabulary lacks them
+CONTROL = r"<\|\w+\|>|<｜[^｜]+｜>|<s>|\[/?INST\]"
+THINKING = r"</?think>"
 # Qwen's and Llama's; folders may name only one
 STOPS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>")
 
@@ -144,7 +94,7 @@ STOPS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_
 
 
 class Tokenizer:
-    """What `load` returns.
+    """What `load_tokenizer` returns.
 
     stop_ids  sorted ids that end a reply: eos_token_id of generation_config.json and of
               config.json, eos_token of tokenizer_config.json and the family's own, as far as the
@@ -158,24 +108,41 @@ class Tokenizer:
               given, "You are a helpful AI assistant named SmolLM, ..."; "" where it has none.
     """
 
-    def __init__(self, tokens, control, merging, words, pattern, nfc):
-        """tokens: {id: bytes}. merging: ids that merges make, by rank. words: ids that only a whole
-        word gets. pattern: what a word is."""
-        self.control, self.n_vocab = control, max(tokens) + 1
-        # `load` fills these in
-        self.format, self.stop_ids, self.default_system, self._bos = "base", (), "", None
-        self._tokens, self._merging, self._words, self._nfc = tokens, merging, words, nfc
-        self._pattern = pattern
-        present = {tokens[i] for i in merging}
-        self.missing = bytes(b for b in range(256) if bytes([b]) not in present)
-        self._bpe = _encoding(pattern, [tokens[i] for i in merging])
-        # Built from bytes and whole words alone it has no steps to make a word by merging: it finds
-        # whole words and nothing else.
-        self._finder = (
-            _encoding(pattern, [bytes([b]) for b in range(256)] + [tokens[i] for i in words])
-            if words
-            else None
-        )
+    def __init__(self, file):
+        """file: what a tokenizer.json holds. Raises ValueError saying what is wrong or not
+        supported."""
+        # `load_tokenizer` fills these in
+        self.format, self.stop_ids, self.default_system, self._bos = "base", (), "", []
+        model, normalizer = file.get("model") or {}, (file.get("normalizer") or {}).get("type")
+        _check_kind(model, normalizer)
+        self._nfc = normalizer == "NFC"
+        added = [(token["content"], token["id"]) for token in file.get("added_tokens") or []]
+        self.control, ids = dict(added), _token_ids({*model["vocab"].items(), *added})
+        self.n_vocab = max(ids.values()) + 1
+
+        byte_of = {letter: b for b, letter in enumerate(byte_alphabet())}
+        plain = {}  # {token: its bytes} of those that text may become
+        for token in ids.keys() - self.control.keys():
+            if set(token) <= byte_of.keys():
+                plain[token] = bytes(map(byte_of.get, token))
+        self._tokens = {i: plain.get(t) or t.encode("utf-8", "replace") for t, i in ids.items()}
+        self.missing = bytes(b for letter, b in byte_of.items() if letter not in plain)
+        _check_missing(self.missing, model)
+
+        order = _merge_order(model["merges"], ids, plain)
+        self._ids = [ids[token] for token in order]  # by rank
+        self._words = {}  # {bytes: id} of tokens that no merge makes: whole words alone get them
+        if model.get("ignore_merges"):
+            self._words = {plain[token]: ids[token] for token in plain.keys() - set(order)}
+        pattern = _split_pattern(file.get("pre_tokenizer") or {})
+        # tiktoken has to have all bytes
+        last = [bytes([b]) for b in self.missing]
+        self._bpe = _encoding(pattern, [plain[token] for token in order] + last)
+        # the same words for `regex`, which has white space under another name, and knows letters
+        # that are too new for tiktoken
+        pattern = pattern.replace(r"\s", r"\p{White_Space}").replace(r"\S", r"\P{White_Space}")
+        self._word = regex.compile(pattern)
+        self._too_new = _encoding(TOO_NEW, [bytes([b]) for b in range(256)])
 
     def encode(self, text):
         """Ids of `text` as plain text, without BOS. Control tokens spelled in it stay text. Lone
@@ -188,49 +155,41 @@ class Tokenizer:
         """
         text = unicodedata.normalize("NFC", text) if self._nfc else text
         cuts = [0]
-        if len(text) > MAX_RUN:
-            for run in re.finditer(r"\s+|\S+", text):
-                cuts.extend(range(run.start() + MAX_RUN, run.end(), MAX_RUN))
-        return [i for a, b in pairwise([*cuts, len(text)]) for i in self._encode(text[a:b])]
+        for run in re.finditer(r"\s+|\S+", text):
+            cuts.extend(range(run.start() + MAX_RUN, run.end(), MAX_RUN))
+        ids = []
+        for a, b in pairwise([*cuts, len(text)]):
+            ids += self._encode(text[a:b])
+        return ids
 
     def _encode(self, text):
         ranks = self._bpe.encode_ordinary(text)
-        if self.missing and max(ranks, default=0) >= len(self._merging):
-            ranks = self._encode_without_missing(text)
-        ids = [self._merging[rank] for rank in ranks]
-        found, at = {}, 0  # byte offset: id of the whole word that starts there
-        for rank in self._finder.encode_ordinary(text) if self._finder else ():
-            if rank >= 256:
-                found[at] = self._words[rank - 256]
-            at += len(self._tokens[found[at]]) if rank >= 256 else 1
-        if not found:
-            return ids
-        out, at, end = [], 0, 0
-        for i in ids:
-            if at in found:
-                out.append(found[at])
-                end = at + len(self._tokens[found[at]])
-            if at >= end:
-                out.append(i)
-            at += len(self._tokens[i])
-        return out
+        if self._words or max(ranks, default=0) >= len(self._ids):
+            return self._encode_words(text)
+        return [self._ids[rank] for rank in ranks]
 
-    def _encode_without_missing(self, text):
-        """Ranks of a text in which bytes have no token. These are taken out after the text was cut
-        into words: what stood around them in one word may merge, what stood in two may not."""
+    def _encode_words(self, text):
+        """Ids of a text in which words may have a token that no merge makes, or bytes have none.
+
+        Such bytes are taken out once the text is cut into words: what stood around them in one word
+        may merge, what stood in two may not."""
         # lone surrogates, as tiktoken sees to them
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        ranks = []
-        for word in _words(self._pattern).findall(text):
-            piece = word.encode().translate(None, delete=self.missing)
-            if piece:
-                ranks += self._bpe._encode_single_piece(piece)
-        return ranks
+        too_new = bytes(self._too_new.encode_ordinary(text)).decode()
+        known = text.translate(dict.fromkeys(map(ord, too_new), 0x10FFFF))
+        ids = []
+        for match in self._word.finditer(known):
+            word = text[match.start() : match.end()].encode().translate(None, delete=self.missing)
+            if word in self._words:
+                ids.append(self._words[word])
+            elif word:
+                ids += [self._ids[rank] for rank in self._bpe._encode_single_piece(word)]
+        return ids
 
     def decode(self, ids):
         """Text of `ids`, integers in any iterable. Never fails: an id outside the vocabulary and
         bytes that are no UTF-8 give U+FFFD. Control tokens give their spelling."""
-        return b"".join(self._tokens.get(int(i), UNKNOWN) for i in ids).decode("utf-8", "replace")
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
 
     def token_bytes(self, i):
         """Bytes of one token, which need not be whole characters; those of U+FFFD outside the
@@ -243,13 +202,28 @@ class Tokenizer:
         system    the instruction; "" or None: no system message, so that a template's own stands
         thinking  True: Qwen3 may think
         """
-        render, _ = FORMATS[self.format]
-        parts = render(self.control, question, system or self.default_system, thinking)
-        if self.format == "base" and self._bos is not None:
-            parts = [self._bos, *parts]
-        return [
-            i for part in parts for i in ([part] if isinstance(part, int) else self.encode(part))
-        ]
+        system = system or self.default_system
+        template = FORMATS[self.format][0 if system else 1]
+        if self.format == "chatml" and "<think>" in self.control and not thinking:
+            template += NO_THOUGHTS
+        if self.format == "llama3":
+            question, system = question.strip(), system.strip()
+            # from 3.1 on there always is a system message, opened by dates
+            if "<|eom_id|>" in self.control:
+                template, system = FORMATS["llama3"][0], LLAMA_DATES + system
+        ids = list(self._bos)
+        for part in re.split(f"({CONTROL}|{THINKING})", template):
+            if part in self.control:
+                ids.append(self.control[part])
+            else:
+                ids += self.encode(part.format(question=question, system=system))
+        return ids
+
+
+def _encoding(pattern, tokens):
+    """tiktoken's BPE of these tokens, ranked as they stand."""
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    return tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
 
 def load_tokenizer(folder, format="auto"):
@@ -271,43 +245,40 @@ def load_tokenizer(folder, format="auto"):
         )
     file, config = _read(path), _read(folder / "tokenizer_config.json")
     try:
-        tok = _build(file)
-        tok._bos = _bos(file, config, tok.control)
+        tok = Tokenizer(file)
+        bos = tok.control.get(_bos(file, config))
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
     except (KeyError, TypeError, AttributeError, IndexError) as e:
         raise ValueError(f"{path} is not a tokenizer ({type(e).__name__}: {str(e)[:80]})") from None
 
-    eos = _spelling(config.get("eos_token"))
+    eos, template = _spelling(config.get("eos_token")), _template(folder, config)
     stops = {tok.control.get(spelling) for spelling in (*STOPS, eos)}
     for name in ("generation_config.json", "config.json"):
-        given = _read(folder / name).get("eos_token_id")
-        ids = given if isinstance(given, list) else [given]
-        if not all(i is None or _is_int(i) for i in ids):
-            raise ValueError(
-                f"{folder / name}: eos_token_id is {given!r:.80}, which is no token id"
-            )
-        stops.update(ids)
-    tok.stop_ids = tuple(sorted(i for i in stops if i is not None and 0 <= i < tok.n_vocab))
+        stops.update(_eos_ids(folder / name))
+    tok.stop_ids = tuple(sorted(stops & set(range(tok.n_vocab))))
 
-    able = [
-        name for name, (_, needs) in FORMATS.items() if all(token in tok.control for token in needs)
-    ]
-    template = _template(folder, config)
-    tok.format = able[0] if format == "auto" else format
-    if format == "auto" and eos in ("<|end_of_text|>", "<|endoftext|>") and not template:
-        tok.format = "base"
-    if tok.format not in able:
+    able = []  # formats whose control tokens are there
+    for name, (prompt, _) in FORMATS.items():
+        if set(re.findall(CONTROL, prompt)) <= tok.control.keys():
+            able.append(name)
+    if format == "auto":
+        never_learnt = eos in ("<|end_of_text|>", "<|endoftext|>") and not template
+        format = "base" if never_learnt else able[0]
+    if format not in able:
         raise ValueError(
             f"{folder} has no tokens for the prompt format {format!r}: choose one of auto, "
             f"{', '.join(able)}"
         )
-    if tok.format == "chatml":
+    tok.format = format
+    if format == "chatml":
         tok.default_system = _default_system(template)
+    if format == "base" and bos is not None:
+        tok._bos = [bos]
     return tok
 
 
-# ---------------------------------------------------------------- reading tokenizer.json
+# ---------------------------------------------------------------- the files beside tokenizer.json
 
 
 def _read(path):
@@ -316,17 +287,17 @@ def _read(path):
         return {}
     if path.stat().st_size > MAX_FILE:
         raise ValueError(f"{path} has more than {MAX_FILE >> 20} MB: no tokenizer is that large")
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is not JSON ({str(e)[:80]})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
-    return content
+    return read_json(path)
 
 
-def _is_int(i):
-    return isinstance(i, int) and not isinstance(i, bool)
+def _eos_ids(path):
+    """The ids that a generation_config.json or config.json names as eos_token_id, None among
+    them where it names none."""
+    given = _read(path).get("eos_token_id")
+    ids = given if isinstance(given, list) else [given]
+    if not all(i is None or type(i) is int for i in ids):
+        raise ValueError(f"{path}: eos_token_id is {given!r:.80}, which is no token id")
+    return ids
 
 
 def _spelling(token):
@@ -336,16 +307,26 @@ def _spelling(token):
     return token if isinstance(token, str) else None
 
 
+def _bos(file, config):
+    """Spelling of the token that the folder has put before every text, or None: the first of the
+    post-processor's template, or bos_token if add_bos_token."""
+    post = file.get("post_processor") or {}
+    for step in post.get("processors", [post]):
+        first = step["single"][0] if step.get("type") == "TemplateProcessing" else {}
+        if "SpecialToken" in first:
+            return first["SpecialToken"]["id"]
+    return _spelling(config.get("bos_token")) if config.get("add_bos_token") else None
+
+
 def _template(folder, config):
     """The folder's chat template, which is Jinja; "" when it has none."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        with path.open("rb") as f:
-            return f.read(MAX_FILE).decode("utf-8", "replace")
+        return path.read_text("utf-8", "replace")
     given = config.get("chat_template") or _read(folder / "chat_template.json").get("chat_template")
-    if isinstance(given, list):  # several, by name
-        entries = [entry for entry in given if isinstance(entry, dict)]
-        given = {entry.get("name"): entry.get("template") for entry in entries}.get("default")
+    for named in given if isinstance(given, list) else ():  # several: [{"name":, "template":}]
+        if isinstance(named, dict) and named.get("name") == "default":
+            given = named.get("template")
     return given if isinstance(given, str) else ""
 
 
@@ -360,120 +341,51 @@ def _default_system(template):
     return literal[1].encode("ascii", "backslashreplace").decode("unicode-escape", "replace")
 
 
-@cache
-def _words(pattern):
-    """The split pattern for `re`, which has no \\p{..} and another idea of white space."""
-    out, opened = "", False
-    for part in re.split(r"([\[\]]|\\p\{\w+\}|\\[sS])", pattern):
-        if part in ("[", "]"):
-            opened = part == "["
-        elif part == r"\S":
-            part = f"[^{_characters(part.lower())}]"
-        elif part == r"\s" or part.startswith(r"\p"):
-            part = _characters(part) if opened else f"[{_characters(part)}]"
-        out += part
-    return re.compile(out)
+# ---------------------------------------------------------------- reading tokenizer.json
 
 
-@cache
-def _characters(name):
-    """What a class such as \\p{L} holds in tiktoken's engine, as ranges for the brackets of `re`.
-
-    Not as Python has it: libraries differ in their version of Unicode, and so in what is a letter.
+def byte_alphabet():
+    """The 256 characters in which byte-level BPE spells bytes, as one string: character b is byte
+    b's. Bytes that print in latin-1 are spelled as themselves, the others from U+0100 on (GPT-2).
     """
-    every = "".join(chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000)
-    found = bytes(_encoding(name, []).encode_ordinary(every)).decode()  # only what matches
-    ranges = []
-    for c in map(ord, found):
-        if ranges and ranges[-1][1] == c - 1:
-            ranges[-1][1] = c
-        else:
-            ranges.append([c, c])
-    return "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in ranges)
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = count(256)
+    return "".join(chr(b if b in printable else next(others)) for b in range(256))
 
 
-def _encoding(pattern, tokens):
-    """BPE of these tokens, ranked as they stand. Bytes that are none of them come last."""
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    for b in range(256):
-        ranks.setdefault(bytes([b]), len(ranks))
-    return tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-
-
-def _build(file):
-    """Tokenizer of a parsed tokenizer.json. Raises ValueError saying what is wrong or not
-    supported."""
-    model = file.get("model") or {}
-    if (
-        model.get("type", "BPE") != "BPE"
-        or not isinstance(model.get("vocab"), dict)
-        or not isinstance(model.get("merges"), list)
+def _token_ids(listed):
+    """{token: id} of all tokens, from the pairs that a file lists."""
+    ids, highest = dict(listed), 2 * len(listed) + 1000
+    if not all(
+        isinstance(t, str) and t and type(i) is int and 0 <= i <= highest for t, i in listed
     ):
         raise ValueError(
-            f"the model is of type {model.get('type')!r:.80}: only byte-level BPE with vocab and "
-            f"merges is supported"
+            "a token is not a text with an id of 0 or more, or ids go far beyond the "
+            f"{len(listed)} tokens: they must lie closer"
+        )
+    if not len(listed) == len(ids) == len(set(ids.values())):
+        raise ValueError("two tokens share an id, or one token has two")
+    return ids
+
+
+def _check_kind(model, normalizer):
+    """Raise ValueError for what is no plain byte-level BPE."""
+    kind = model.get("type", "BPE")
+    if kind != "BPE" or not isinstance(model.get("vocab"), dict):
+        raise ValueError(
+            f"the model is of type {kind!r:.80}: only byte-level BPE with vocab and merges is "
+            "supported"
         )
     for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(key):
             raise ValueError(f"{key} is {model[key]!r:.80}: only plain byte-level BPE is supported")
-    normalizer = (file.get("normalizer") or {}).get("type")
     if normalizer not in (None, "NFC"):
         raise ValueError(f"the normalizer {normalizer!r:.80} is not supported: only NFC, or none")
 
-    vocab, added = model["vocab"], file.get("added_tokens") or []
-    control = {token["content"]: token["id"] for token in added}
-    ids = vocab | control
-    if not all(
-        isinstance(token, str) and token and _is_int(i) and i >= 0 for token, i in ids.items()
-    ):
-        raise ValueError("a token is not a text with an id of 0 or more")
-    if (
-        len(set(ids.values())) < len(ids)
-        or len(control) < len(added)
-        or any(vocab.get(t, i) != i for t, i in control.items())
-    ):
-        raise ValueError("two tokens share an id, or one token has two")
-    if max(ids.values(), default=0) > 2 * len(ids) + 1000:
-        highest = str(max(ids.values()))
-        raise ValueError(f"ids go up to {highest:.20} for {len(ids)} tokens: they must lie closer")
 
-    alphabet = _byte_alphabet()
-    tokens, plain = {}, {}  # {id: bytes} of all; {token: id} of those that text may become
-    for token, i in vocab.items():
-        try:
-            tokens[i] = token.translate(alphabet).encode("latin-1")
-            plain[token] = i
-        except UnicodeEncodeError:
-            # not written in stand-ins for bytes, so that no text leads to it
-            tokens[i] = token.encode("utf-8", "replace")
-    for token, i in control.items():
-        tokens[i] = token.encode("utf-8", "replace")
-        plain.pop(token, None)
-    letters = {chr(c): b for c, b in alphabet.items() if b < 256}
-    missing = bytes(b for letter, b in letters.items() if letter not in plain)
-    _check_missing(missing, letters.keys() & control.keys(), model)
-
-    byte_ids = [plain[letter] for letter in letters if letter in plain]
-    merging = _merge_order(byte_ids, plain, model, tokens)
-    words = sorted(set(plain.values()) - set(merging)) if model.get("ignore_merges") else []
-    if any(len(tokens[i]) < 3 for i in words):
-        raise ValueError(
-            "a token of two bytes has no merge, which is not supported together with ignore_merges"
-        )
-    return Tokenizer(
-        tokens,
-        control,
-        merging,
-        words,
-        _split_pattern(file.get("pre_tokenizer")),
-        nfc=normalizer == "NFC",
-    )
-
-
-def _check_missing(missing, controlling, model):
+def _check_missing(missing, model):
     """Refuse bytes without a token where more is at stake than bytes that texts hardly have."""
-    written = bytes([9, 10, 13, *range(32, 127)])
-    if controlling or any(b in written for b in missing):
+    if set(missing) & {9, 10, 13, *range(32, 127)}:
         raise ValueError(
             "some of the 256 byte tokens are added tokens, or printable and missing: "
             "only byte-level BPE is supported"
@@ -486,148 +398,58 @@ def _check_missing(missing, controlling, model):
             )
 
 
-def _byte_alphabet():
-    """GPT-2's printable stand-ins for the 256 bytes, {stand-in: byte} for str.translate; what else
-    is below 256 is sent out of latin-1."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = sorted(set(range(256)) - set(printable))
-    return (
-        dict.fromkeys(others, 0x10FFFF)
-        | {b: b for b in printable}
-        | {256 + n: b for n, b in enumerate(others)}
-    )
+def _merge_order(merges, ids, plain):
+    """The tokens that text may become by merging, by rank: the letters of the bytes, then what
+    merges make.
+
+    tokenizer.json merges the listed *pairs*, by their place in the list. tiktoken merges any
+    neighbours that together are a token, by the rank of that token. The two agree where ids rise
+    with the merges, as training and conversion write them: each token is made by one merge, or by
+    all its splits, one after the other. Other lists are refused.
+    """
+    order, latest = [letter for letter in byte_alphabet() if letter in plain], -1
+    for merge in merges:
+        left, right = merge.partition(" ")[::2] if isinstance(merge, str) else merge
+        known = {left, right, left + right} <= ids.keys()
+        if known and left + right not in plain:
+            continue  # it makes a control token
+        made = ids.get(left + right, -1)
+        if not known or made < latest:
+            raise ValueError(
+                f"the merge {left!r:.40} {right!r:.40} has a token that is not in the vocabulary, "
+                "or makes one of a lower id than the merge before it"
+            )
+        if made > latest:
+            order.append(left + right)
+        latest = made
+    return order
+
+
+SPLITS = {  # types of the steps and use_regex of the last: the patterns that they may stand for
+    ("ByteLevel", True): [GPT2],
+    ("ByteLevel", False): [NO_SPLIT],
+    ("Digits", "ByteLevel", True): [DIGITS],
+    ("Split", "ByteLevel", False): [GPT2, QWEN, LLAMA3, NEMO],
+}
 
 
 def _split_pattern(pre):
     """The regular expression that cuts text into words, from the `pre_tokenizer` entry."""
-    pre = pre or {}
     steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
-    kinds, last = [step.get("type") for step in steps], steps[-1]
-    use_regex = last.get("use_regex", True)
-    if not last.get("add_prefix_space"):
-        if kinds == ["ByteLevel"]:
-            return GPT2 if use_regex else NO_SPLIT
-        if kinds == ["Digits", "ByteLevel"] and use_regex and steps[0].get("individual_digits"):
-            return DIGITS
-        if kinds == ["Split", "ByteLevel"] and not use_regex:
-            return _known_pattern(steps[0])
-    raise ValueError(
-        f"the pre-tokenizer {kinds!r:.80} is not supported: only ByteLevel, alone or "
-        "after a Split or Digits one by one, and no prefix space"
-    )
-
-
-def _known_pattern(split):
-    """The pattern of a Split step, which must be one of those above."""
-    pattern = split["pattern"].get("Regex")
-    known = pattern in (GPT2, QWEN, LLAMA3, NEMO)
-    if not known or split.get("behavior") != "Isolated" or split.get("invert"):
+    kinds, first, last = [step.get("type") for step in steps], steps[0], steps[-1]
+    known = SPLITS.get((*kinds, last.get("use_regex", True)), [])
+    in_runs = kinds[0] == "Digits" and not first.get("individual_digits")
+    if not known or in_runs or last.get("add_prefix_space"):
+        raise ValueError(
+            f"the pre-tokenizer {kinds!r:.80} is not supported: only ByteLevel, alone or "
+            "after a Split or Digits one by one, and no prefix space"
+        )
+    if kinds[0] != "Split":
+        return known[0]
+    pattern = first["pattern"].get("Regex")
+    if pattern not in known or first.get("behavior") != "Isolated" or first.get("invert"):
         raise ValueError(
             f"the split pattern {str(pattern)[:60]!r} is not one of GPT-2, Qwen, "
             "Llama 3, Mistral-Nemo"
         )
     return pattern
-
-
-def _bos(file, config, control):
-    """Id that the folder has put before every text: the first token of the post-processor's
-    template, or bos_token if add_bos_token."""
-    post = file.get("post_processor") or {}
-    for step in post.get("processors", [post]):
-        first = step["single"][0] if step.get("type") == "TemplateProcessing" else {}
-        if "SpecialToken" in first:
-            return control[first["SpecialToken"]["id"]]
-    return control.get(_spelling(config.get("bos_token"))) if config.get("add_bos_token") else None
-
-
-# ---------------------------------------------------------------- merge order
-
-
-def _merge_order(byte_ids, plain, model, tokens):
-    """Ids of the bytes (256, or fewer), then of the tokens that merging makes, by rank.
-
-    tokenizer.json merges the listed *pairs*, by their place in the list. tiktoken merges any
-    neighbours that together are a token, by the rank of that token. The two agree when each token
-    here has the rank of the pair that makes it, and tokens that no pair makes are left out. Files
-    come in two kinds: converted from tiktoken, with every split of every token listed, and trained,
-    with parts before wholes.
-    """
-    vocab, pairs = model["vocab"], []
-    for merge in model["merges"]:
-        left, right = merge.partition(" ")[::2] if isinstance(merge, str) else merge
-        if left not in vocab or right not in vocab or left + right not in vocab:
-            raise ValueError(
-                f"the merge {left!r:.40} {right!r:.40} has a token that is not in the vocabulary"
-            )
-        # else it leads to or from a control token
-        if left in plain and right in plain and left + right in plain:
-            pairs.append((plain[left], plain[right], plain[left + right]))
-    if len(set(pairs)) < len(pairs):
-        raise ValueError("a merge is listed twice")
-    wholes = list(dict.fromkeys(whole for _, _, whole in pairs))
-    if len(wholes) == len(pairs) or not _all_splits(pairs, wholes, plain):
-        return byte_ids + _made(byte_ids, pairs)
-
-    order = byte_ids + wholes
-    if model.get("ignore_merges"):
-        return order
-    # tiktoken takes a word that is a token as it is. Here merges must make it: followed by a byte
-    # that never merges, they have to.
-    bpe = _encoding(NO_SPLIT, [tokens[i] for i in order])
-    made = list(byte_ids)
-    for rank, i in enumerate(wholes, len(byte_ids)):
-        if bpe._encode_single_piece(tokens[i] + b"\xff")[0] == rank:
-            made.append(i)
-    return made
-
-
-def _all_splits(pairs, wholes, plain):
-    """Whether every split of each token into two tokens is listed, all splits of one token
-    together: then any neighbours may merge."""
-    if 1 + sum(a[2] != b[2] for a, b in pairwise(pairs)) > len(wholes):
-        return False
-    listed, text = {pair[:2] for pair in pairs}, {i: token for token, i in plain.items()}
-    splits = (
-        (plain.get(token[:k]), plain.get(token[k:]))
-        for token in map(text.get, wholes)
-        for k in range(1, len(token))
-    )
-    return all(split in listed for split in splits if None not in split)
-
-
-def _made(byte_ids, pairs):
-    """Ids of the tokens that merging makes, by rank. Raises ValueError where a pair stands before
-    one that makes its parts.
-
-    As long as no merge crosses the ends of a token, its bytes merge as if they stood alone. So
-    (left, right) makes the token if and only if, alone, no earlier merge joins the end of left to
-    the start of right; to see that, undo the merges at this border, last one first.
-    """
-    made = dict.fromkeys(byte_ids, -1)  # id: rank of the merge that makes it
-    parts, ranks = {}, {}  # id: its two halves; pair: its rank
-    absent = set()  # parts named by merges so far that nothing made
-
-    def crossed(left, right, before):
-        while ranks.get((left, right), before) >= before:
-            if made[left] > made[right]:
-                before, left = made[left], parts[left][1]
-            elif made[right] >= 0:
-                # equal merges go from left to right, so that the border's own comes before this one
-                # at the same rank
-                before, right = made[right] + 1, parts[right][0]
-            else:
-                return False
-        return True
-
-    for rank, (left, right, whole) in enumerate(pairs):
-        if left not in made or right not in made:
-            absent |= {left, right} - made.keys()
-            continue
-        if whole not in made and not crossed(left, right, rank):
-            if whole in absent:
-                raise ValueError(
-                    f"merge {rank} makes a token that an earlier merge uses, which is not supported"
-                )
-            made[whole], parts[whole] = rank, (left, right)
-        ranks[left, right] = rank
-    return list(parts)

@@ -92,7 +92,7 @@ def test_json_in_its_shapes(tmp_path, name, content):
 
 def test_parquet_verl_rows(tmp_path):
     pq.write_table(pa.Table.from_pylist([verl(q, a) for q, a in PAIRS]), tmp_path / "v.parquet")
-    problems, report = data.read(tmp_path / "v.parquet")
+    problems, report = data.read_problems(tmp_path / "v.parquet")
     assert pairs(problems) == PAIRS and report.fields == {
         ("prompt", "reward_model.ground_truth"): 2
     }
@@ -154,7 +154,7 @@ def test_folder_reads_its_files_in_order_of_name(tmp_path):
     "q, a", [(q, a) for q in data.QUESTION for a in data.ANSWER] + [("Problem", "Answer")]
 )
 def test_every_alias(tmp_path, q, a):
-    problems, report = data.read(write(tmp_path / "a.jsonl", {q: " how many? ", a: "27"}))
+    problems, report = data.read_problems(write(tmp_path / "a.jsonl", {q: " how many? ", a: "27"}))
     assert pairs(problems) == [("how many?", "27")] and report.fields == {(q, a): 1}
     pq.write_table(pa.Table.from_pylist([{q: "how many?", a: 27.0}]), tmp_path / "a.parquet")
     assert pairs(load_problems(tmp_path / "a.parquet")) == [("how many?", "27")]
@@ -387,24 +387,18 @@ def test_numbers_of_any_size(tmp_path, number):
     tool.describe([problem], data.Report("x"))
 
 
-def test_values_that_python_has_nothing_for_cost_their_row(tmp_path):
+def test_values_that_python_has_nothing_for(tmp_path):
     """Dates beyond the year 9999, and before 1: in an answer, an id, a level."""
     far = pa.array([0, 2**60, -(2**60), 1], pa.timestamp("ms"))
     for name in ("answer", "id", "level"):
         columns = {"question": list("abcd"), "answer": list("1234")} | {name: far}
         pq.write_table(pa.table(columns), tmp_path / "a.parquet")
-        problems, report = data.read(tmp_path / "a.parquet")
-        assert [place for place, why in report.bad if "cannot be read" in why] == [
-            "a.parquet row 2",
-            "a.parquet row 3",
-        ]
-        assert [p.question for p in problems] == ([] if name == "answer" else ["a", "d"])
-        with pytest.raises(DataError, match="a.parquet row 2: a value cannot be read: ") as e:
+        with pytest.raises(DataError, match="a.parquet: not a readable parquet file") as e:
             load_problems(tmp_path / "a.parquet")
         assert "\n" not in str(e.value)
     wide = pa.array([Decimal(10) ** 75, Decimal(-1), None, Decimal(1)], pa.decimal256(76, 0))
     pq.write_table(pa.table({"question": list("abcd"), "answer": wide}), tmp_path / "a.parquet")
-    problems, report = data.read(tmp_path / "a.parquet")
+    problems, report = data.read_problems(tmp_path / "a.parquet")
     assert [p.answer for p in problems] == [str(10**75), "-1", "1"] and len(report.bad) == 1
 
 
@@ -447,7 +441,7 @@ def test_escapes_in_data_do_not_reach_the_terminal(tmp_path, capsys):
         {evil: evil},
     ]
     path = write(tmp_path / f"{evil}.jsonl", *rows)
-    problems, report = data.read(path)
+    problems, report = data.read_problems(path)
     tool.describe(problems, report)
     shown = capsys.readouterr().out
     with pytest.raises(DataError) as e:
@@ -721,7 +715,9 @@ def test_damaged_set_in_the_cache_is_not_read(tmp_path, monkeypatch, name, how):
     if isinstance(how, str) and not (how == "short" and path.suffix == ".jsonl"):
         with pytest.raises(DataError) as e:
             load_problems(name)
-        assert command in str(e.value) and "\n" not in str(e.value)
+        # of single lines that are none it is not known whether they were damaged on the way
+        assert command in str(e.value) or path.suffix == ".jsonl"
+        assert path.name in str(e.value) and "\n" not in str(e.value)
 
 
 def test_hub_errors_say_what_and_what_to_do(monkeypatch):
@@ -1080,7 +1076,7 @@ FINGERPRINTS = {
     ],
 )
 def test_real_files(shared, name, rows, first, answer):
-    problems, report = data.read(shared / "data" / f"{name}.parquet")
+    problems, report = data.read_problems(shared / "data" / f"{name}.parquet")
     assert data.fingerprint(problems) == FINGERPRINTS[name]
     assert len(problems) == report.rows == rows == len({p.id for p in problems}) and not report.bad
     assert (

@@ -5,14 +5,12 @@ python -m tools.problems aime24 --against my.jsonl  are its questions in my trai
 python -m tools.problems words:2:20                 made here: see plumbing/arithmetic.py
 """
 
-import argparse
 import collections
 import logging
-import os
 import re
-import sys
 
 import verify
+from plumbing.cli import Parser, guarded, natural, share
 from plumbing.data import (
     NAMED,
     READERS,
@@ -21,10 +19,11 @@ from plumbing.data import (
     load_problems,
     log,
     normalised,
-    read,
+    read_problems,
     span,
 )
 from plumbing.rows import printable
+from plumbing.tokenizer import load_tokenizer
 
 # class of answers: what it looks like once text macros, dollars, spaces and \left \right are gone
 SHAPES = {
@@ -151,8 +150,8 @@ def show_overlap(problems, against):
     )
 
 
-def parse():
-    parser = argparse.ArgumentParser(
+def parse(argv):
+    parser = Parser(
         description="What is in a set of problems, and is it fit for training or evaluation? "
         "Exit code 2: usage; 3: bad data.",
         epilog=f"Named sets: {', '.join(NAMED)}; without a network sums, sums-test, "
@@ -163,62 +162,35 @@ def parse():
     add = parser.add_argument
     kinds = ", ".join(READERS)
     add("data", metavar="NAME_OR_PATH", help=f"a named set, a file ({kinds}) or a folder of them")
-    add(
-        "--against",
-        metavar="OTHER",
-        help="also count the questions that this set has in common with it",
-    )
-    add("--limit", type=int, metavar="N", help="read the first N problems (default: all)")
+    against = "also count the questions that this set has in common with it"
+    add("--against", metavar="OTHER", help=against)
+    add("--limit", type=natural, metavar="N", help="read the first N problems (default: all)")
     add("--revision", help="branch, tag or commit of a named set (default: the one that is pinned)")
-    add(
-        "--max-bad",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="share of bad rows that is no error (default: 0; training allows 0.01)",
-    )
+    bad = "share of bad rows that is no error (default: 0; training allows 0.01)"
+    add("--max-bad", type=share, default=0.0, metavar="SHARE", help=bad)
     add = parser.add_argument_group("filters (default: keep all)").add_argument
-    add(
-        "--difficulty",
-        type=span,
-        metavar="LOW-HIGH",
-        help="keep this difficulty or level, as 5-8 or 6",
-    )
-    add(
-        "--classes",
-        nargs="+",
-        choices=SHAPES,
-        metavar="CLASS",
-        help=f"keep these classes of answers: {', '.join(SHAPES)}",
-    )
-    add("--max-tokens", type=int, metavar="N", help="keep prompts of at most N tokens")
+    difficulty = "keep this difficulty or level, as 5-8 or 6"
+    add("--difficulty", type=span, metavar="LOW-HIGH", help=difficulty)
+    classes = f"keep these classes of answers: {', '.join(SHAPES)}"
+    add("--classes", nargs="+", choices=SHAPES, metavar="CLASS", help=classes)
+    add("--max-tokens", type=natural, metavar="N", help="keep prompts of at most N tokens")
     add("--tokenizer", metavar="FOLDER", help="model folder that counts them")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.max_tokens and not args.tokenizer:
         parser.error("--max-tokens needs --tokenizer FOLDER, the model folder that counts them")
-    counts = [n for n in (args.limit, args.max_tokens) if n is not None]
-    if not 0 <= args.max_bad <= 1 or any(n < 1 for n in counts):
-        parser.error(
-            "--max-bad is a share from 0 to 1, --limit and --max-tokens are whole numbers from 1 on"
-        )
     return args
 
 
-def main():
-    args = parse()
-    log.addHandler(
-        logging.StreamHandler()
-    )  # of this file alone: the hub's libraries log every request
+def main(argv=None):
+    args = parse(argv)
+    # of this project alone: the hub's libraries log every request
+    log.addHandler(logging.StreamHandler())
     log.setLevel(logging.INFO)
-    # a file name or an answer must not break a terminal that is not UTF-8
-    sys.stdout.reconfigure(errors="backslashreplace")
     count = None
     if args.tokenizer:
-        from plumbing import tokenizer
-
-        chat = tokenizer.load_tokenizer(args.tokenizer).chat
+        chat = load_tokenizer(args.tokenizer).chat
         count = lambda question: len(chat(question))  # noqa: E731
-    problems, report = read(args.data, args.limit, args.difficulty, args.revision)
+    problems, report = read_problems(args.data, args.limit, args.difficulty, args.revision)
     failed = 0
     if problems:
         problems = select(problems, args.classes, args.max_tokens, count)
@@ -234,13 +206,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        print(f"tools.problems: {printable(error, keep='')}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, FileNotFoundError) else 3)
+    guarded(main)
