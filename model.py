@@ -65,7 +65,8 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         x32 = x.float()
         mean_square = x32.square().mean(-1, keepdim=True)
-        x32 = x32 * torch.rsqrt(mean_square + self.eps)
+        inverse_rms = torch.rsqrt(mean_square + self.eps)
+        x32 = x32 * inverse_rms
         return self.weight * x32.to(x.dtype)
 
 
@@ -95,8 +96,7 @@ class Block(nn.Module):
 
     def attn_out(self, x, angles, attend):
         """A^l: what attention adds to the residual stream x [..., D]."""
-        qkv = self.qkv(self.attn_norm(x))
-        q, k, v = self.split_heads(qkv, angles)
+        q, k, v = self.split_heads(self.qkv(self.attn_norm(x)), angles)
         mixed = attend(self.layer, q, k, v)
         return self.o(mixed.flatten(-2))
 
@@ -111,8 +111,8 @@ class Block(nn.Module):
 
     def mlp_out(self, x):
         """F^l: what the MLP adds to the residual stream x [..., D]."""
-        gate_up = self.gate_up(self.mlp_norm(x))
-        return self.down(self.gated(gate_up))
+        # nested: what has a name is kept in memory until the end
+        return self.down(self.gated(self.gate_up(self.mlp_norm(x))))
 
     def gated(self, gate_up):
         """silu(gate) * up: what stands between the two products of a SwiGLU (arXiv 2002.05202)."""
@@ -149,7 +149,8 @@ def rope(config: Config, position: torch.Tensor) -> tuple[torch.Tensor, torch.Te
         wavelen = 2 * torch.pi / freq
         turns = s["original_max_position_embeddings"] / wavelen
         low, high = s["low_freq_factor"], s["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        ramp = (turns - low) / (high - low)
+        keep = ramp.clamp(0, 1)
         freq = (1 - keep) * freq / s["factor"] + keep * freq
     angle = position[..., None].float() * freq
     angle = angle.unsqueeze(-2)  # the same for all heads
@@ -160,9 +161,8 @@ def rotate(x, cos, sin):
     """Rotate x [..., heads, E]: component i pairs with component i + E/2, as Hugging Face
     checkpoints are laid out."""
     a, b = x.float().chunk(2, -1)
-    rotated_a = a * cos - b * sin
-    rotated_b = b * cos + a * sin
-    return torch.cat((rotated_a, rotated_b), -1).to(x.dtype)
+    both = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    return both.to(x.dtype)
 
 
 def causal(layer, q, k, v):
@@ -232,7 +232,9 @@ class Transformer(nn.Module):
     @property
     def unembedding(self) -> torch.Tensor:
         """E_u [V,D]; the embedding itself when the two are tied."""
-        return self.embed.weight if self.config.tied else self.head.weight
+        if self.config.tied:
+            return self.embed.weight
+        return self.head.weight
 
     def forward(self, ids, until=None, position=None, attend=causal):
         """Residual stream after block `until`, un-normed.

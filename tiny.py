@@ -26,7 +26,7 @@ from model import Config, Transformer
 from plumbing import arithmetic
 from plumbing.data import Problem
 from plumbing.hub import save_model
-from plumbing.tokenizer import load_tokenizer
+from plumbing.tokenizer import byte_alphabet, load_tokenizer
 from rollout import Response
 
 CONFIG = Config(
@@ -69,11 +69,6 @@ def problems(n: int, seed: int, held_out=False) -> list[Problem]:
 
 def write_tokenizer(folder: Path):
     """A tokenizer.json with the 256 bytes as its vocabulary, no merges and one control token."""
-    # byte-level BPE files spell bytes as printable characters: the printable ones as themselves,
-    # the others from U+0100 on
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    other = [b for b in range(256) if b not in plain]
-    spelling = {**{b: chr(b) for b in plain}, **{b: chr(256 + i) for i, b in enumerate(other)}}
     byte_level = {
         "type": "ByteLevel",
         "add_prefix_space": False,
@@ -98,7 +93,7 @@ def write_tokenizer(folder: Path):
         "fuse_unk": False,
         "byte_fallback": False,
         "ignore_merges": False,
-        "vocab": {spelling[b]: b for b in range(256)},
+        "vocab": {letter: byte for byte, letter in enumerate(byte_alphabet())},
         "merges": [],
     }
     files = {
