@@ -382,21 +382,18 @@ def bupo_layer(table):
     bound."""
     d = entropy_change(table)["dH_mlp"]
     mean, (L, n) = d.mean(-1), d.shape
-    curve = f"dH_mlp of layers 1 to {L}, mean over {n} tokens:"
-    curve = " ".join([curve, *(f"{x:+.2f}" for x in mean)])
+    curve = " ".join(f"{x:+.2f}" for x in mean)
+    curve = f"dH_mlp of layers 1 to {L}, mean over {n} tokens: {curve}"
     rising = np.flatnonzero(mean[:-1] > 0) + 1
     if not len(rising):
         return None, f"no layer below {L} has dH_mlp > 0; {curve}"
     l = int(rising[-1])
-    own, error = d[l - 1], math.inf
-    if n > 1:
-        error = own.std(ddof=1) / math.sqrt(n)
+    own, error = mean[l - 1], d[l - 1].std() / math.sqrt(max(n - 1, 1))
     text = (
-        f"layer {l} of {L} is the last below {L} with dH_mlp > 0: {own.mean():+.3f} nats "
-        f"(standard error at least {error:.3f}; positive at {(own > 0).mean():.0%} of tokens), "
-        f"layer {l + 1}: {mean[l]:+.3f}"
+        f"layer {l} of {L} is the last below {L} with dH_mlp > 0: {own:+.3f} nats (standard error "
+        f"at least {error:.3f}), layer {l + 1}: {mean[l]:+.3f}"
     )
-    if own.mean() < 2 * error:
+    if own < 2 * error or n == 1:
         text += "; THIS IS WITHIN TWO STANDARD ERRORS OF ZERO: use more tokens, or choose by hand"
     if falls := l - len(rising):
         text += f"; {falls} layers before it are not above 0: the curve crosses 0 more than once"
@@ -447,34 +444,30 @@ def perplexity(mean_logprob):
 
 def failure_signs(rows, internal_steps=0):
     """Known ways for BuPO to go wrong, in words ([] when none shows), from entropy.jsonl rows of
-    one run at several steps, in their order.
+    one run, step by step.
 
     internal_steps: length of the internal phase. Perplexity is that of the fixed responses under
     the model's own policy; neighbouring measured steps are compared, so that sparse steps see less.
     """
-    signs, curves = [], defaultdict(list)  # {(component, layer): its rows, step by step}
+    signs, final, early = [], [], defaultdict(list)
     for row in rows:
-        if row["step"] is not None:
-            curves[row["component"], row["paper_layer"]].append(row)
-    L = rows[0]["n_layers"]
-    for before, after in pairwise(curves["final", L]):
-        worse = before["logprob_token"] - after["logprob_token"]
-        if after["step"] <= internal_steps and worse > math.log(1.05):
-            a, b = (perplexity(row["logprob_token"]) for row in (before, after))
+        layer = row["paper_layer"]
+        if row["component"] == "final":
+            final.append((row["step"], perplexity(row["logprob_token"])))
+        elif row["component"] == "resid_post" and layer <= max(1, row["n_layers"] // 4):
+            early[layer].append(row["entropy_nats"])
+    for (a, before), (b, after) in pairwise(final):
+        if b <= internal_steps and after > 1.05 * before:
             signs.append(
                 "internal phase too long: the whole policy's perplexity on these responses rises "
-                f"from {a:.4g} at step {before['step']} to {b:.4g} at step {after['step']}, inside "
-                f"the internal phase, which ends after step {internal_steps}; try fewer "
-                "--bupo-steps"
+                f"from {before:.4g} at step {a} to {after:.4g} at step {b}, inside the internal "
+                f"phase, which ends after step {internal_steps}; try fewer --bupo-steps"
             )
-    early, sharpen = max(1, L // 4), False
-    for l in range(1, early + 1):
-        first, *later = [row["entropy_nats"] for row in curves["resid_post", l]] or [0]
-        sharpen |= min(later, default=-1) <= first - 0.01
-    if not sharpen:
+    lowest = [min(later, default=-math.inf) - first for first, *later in early.values()]
+    if lowest and min(lowest) > -0.01:
         signs.append(
-            f"early layers do not sharpen: the entropy of layers 1 to {early} never falls below "
-            "its first value"
+            f"early layers do not sharpen: the entropy of layers 1 to {len(early)} never falls "
+            "below its first value"
         )
     return signs
 
@@ -493,14 +486,19 @@ FILLS = {"zero": torch.zeros_like, "mean": mean_write}
 
 
 @torch.no_grad()
-def leave_out(model, ids, prompt_len, temperature=1.0, fills=FILLS):
-    """How much the response depends on each write: the change of its tokens' mean log-prob, in
-    nats, when one A^l or F^l is replaced at every token and all later blocks run again.
+def attribute(model, ids, prompt_len, temperature=1.0, fills=FILLS):
+    """Which writes carry a response: what happens to its tokens without each, and the share of each
+    in their logits. ids [T] and prompt_len as in `measure`; a dict of numpy [L] and of two floats.
 
-    fills: {name: what stands for a write [1,T,D]}. "zero" leaves the write out, "mean" puts its
-    mean over tokens there, and so takes away only what differs from token to token. Below 0 the
-    response is less likely without the write. 2 L forwards for each fill, half of their blocks
-    known already.
+    NAME_attn, NAME_mlp  change of the mean log-prob, nats, when one A^l or F^l is replaced at every
+                         token by fills[NAME](write [1,T,D]) and all later blocks run again. "zero"
+                         leaves it out; "mean" takes away only what differs from token to token.
+                         Below 0 the response is less likely without the write. 2 L forwards for
+                         each fill, half of their blocks known already
+    direct_attn, direct_mlp, direct_embed    direct logit attribution, exact: the write's own term
+                         A^l . E_token, scaled as the final norm scales H^L. The terms and the
+                         embedding's sum to the logit; they see no later block and no softmax
+    logprob              mean log-prob of the whole model
 
     Two changes are of two models, so changes do not add up to anything. What adds up, the integral
     of the log-prob's slope along writes scaled from 0 to 1 (integrated gradients, arXiv
@@ -510,61 +508,33 @@ def leave_out(model, ids, prompt_len, temperature=1.0, fills=FILLS):
     The mean leaves out the first token, whose writes can be hundreds of times as large as all
     others (SmolLM2-135M: |F^12| is 25,058 there and 37 elsewhere), so that with it every token
     would get a part of the first one's write.
-
-    ids [T] and prompt_len as in `measure`. Returns a dict of numpy [L]: NAME_attn and NAME_mlp for
-    each fill; and the float `logprob`, of the whole model.
     """
-    ids = torch.as_tensor(ids, device=model.unembedding.device)[None]
-    angles, token = model.angles(ids), ids[0, prompt_len:]
+    E = model.unembedding
+    ids = torch.as_tensor(ids, device=E.device)[None]
+    token, at = ids[0, prompt_len:], slice(prompt_len - 1, -1)
+    H_L, angles = model(ids), model.angles(ids)
+    scale = torch.rsqrt(H_L[0, at].float().square().mean(-1, keepdim=True) + model.config.norm_eps)
+    towards = model.norm.weight.float() * E[token].float() * scale / temperature  # [M,D]
 
-    def logprob(h, later=()):
-        for block in later:
-            h = block(h, angles, causal)
-        h = model.norm(h[0, prompt_len - 1 : -1])
-        return float(token_logprobs(h, model.unembedding, token, temperature)[0].mean())
+    def logprob(h):
+        return float(token_logprobs(model.norm(h[0, at]), E, token, temperature)[0].mean())
 
-    out, whole_model = defaultdict(list), logprob(model(ids))
+    def share(write):
+        return float((write[0, at].float() * towards).sum(-1).mean())
+
+    out, whole_model = defaultdict(list), logprob(H_L)
     for layer, pre, attn, mid, mlp, _ in model.stream(ids):
-        block, *later = model.blocks[layer - 1 :]
+        out["direct_attn"].append(share(attn))
+        out["direct_mlp"].append(share(mlp))
         for name, fill in fills.items():
-            without = pre + fill(attn)
-            without = without + block.mlp_out(without)
-            out[f"{name}_attn"].append(logprob(without, later) - whole_model)
-            out[f"{name}_mlp"].append(logprob(mid + fill(mlp), later) - whole_model)
-    return {**{name: np.array(x) for name, x in out.items()}, "logprob": whole_model}
-
-
-@torch.no_grad()
-def direct(model, ids, prompt_len, temperature=1.0):
-    """Direct logit attribution: the share of each write in the logit of the tokens produced, exact.
-
-    It is the write's own term A^l . E_token, scaled as the final norm scales H^L; with the
-    embedding's the terms sum to the logit. It sees no later block and no softmax.
-
-    Returns a dict: direct_attn and direct_mlp, numpy [L], and direct_embed, nats a token.
-    """
-    ids = torch.as_tensor(ids, device=model.unembedding.device)[None]
-
-    def pick(h):
-        return h[0, prompt_len - 1 : -1].float()
-
-    mean_square = pick(model(ids)).square().mean(-1, keepdim=True)
-    towards = model.norm.weight.float() * model.unembedding[ids[0, prompt_len:]].float()  # [M,D]
-    towards = towards * torch.rsqrt(mean_square + model.config.norm_eps) / temperature
-    shares = defaultdict(list)
-    for component, _, h, _, _ in states(model, ids, pick):
-        shares[component].append(float((h * towards).sum(-1).mean()))
-    return {
-        "direct_attn": np.array(shares["attn_out"]),
-        "direct_mlp": np.array(shares["mlp_out"]),
-        "direct_embed": shares["embed"][0],
-    }
-
-
-def attribute(model, ids, prompt_len, temperature=1.0):
-    """Which writes carry a response: `leave_out` and `direct` in one dict."""
-    options = (model, ids, prompt_len, temperature)
-    return {**leave_out(*options), **direct(*options)}
+            without_attn, without_mlp = pre + fill(attn), mid + fill(mlp)
+            without_attn = without_attn + model.blocks[layer - 1].mlp_out(without_attn)
+            for kind, h in ("attn", without_attn), ("mlp", without_mlp):
+                for block in model.blocks[layer:]:
+                    h = block(h, angles, causal)
+                out[f"{name}_{kind}"].append(logprob(h) - whole_model)
+    out = {name: np.array(values) for name, values in out.items()}
+    return {**out, "direct_embed": share(model.embed(ids)), "logprob": whole_model}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -644,8 +614,7 @@ def state_rows(table, about):
     Layers count from 1, nats throughout. about: what all rows hold.
     """
     rows, meta = [], table["meta"]
-    about = about | {name: meta[name] for name in ("norm", "temperature", "dtype", "n_layers")}
-    about |= {"ln_vocab": math.log(meta["vocab_size"]), "tokens": len(table["token"])}
+    about = {**about, **meta, "ln_vocab": math.log(meta["vocab_size"])}
     for s, component in enumerate(table["component"]):
         row = {**about, "component": str(component), "paper_layer": int(table["layer"][s])}
         for column, name in MEANS.items():
@@ -668,7 +637,7 @@ def change_rows(table, about):
     changes.pop("H", None)
     rows = []
     for l in range(table["meta"]["n_layers"]):
-        row = {**about, "paper_layer": l + 1, "tokens": len(table["token"])}
+        row = {**about, "paper_layer": l + 1}
         for name, d in changes.items():
             row |= {name: float(d[l].mean()), **quartiles(name, d[l], (25, 75))}
             row[f"{name}_positive"] = float((d[l] > 0).mean())
@@ -682,22 +651,20 @@ def attribution_rows(model, sequences, about, temperature):
     for i, (ids, prompt_len) in enumerate(tqdm(sequences, "attribution", disable=None)):
         if len(ids) > prompt_len:
             found = attribute(model, ids, prompt_len, temperature)
-            row = {**about, "example_id": i, "tokens": len(ids) - prompt_len}
-            rows.append(row | {name: np.asarray(x).tolist() for name, x in found.items()})
+            found = {name: np.asarray(values).tolist() for name, values in found.items()}
+            rows.append({**about, "example_id": i, "tokens": len(ids) - prompt_len, **found})
     return rows
 
 
-def write_rows(file, rows):
-    """Rows as JSONL; no file where there are none, so that one of an earlier analysis goes."""
-    file.unlink(missing_ok=True)
-    if rows:
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_tokens(out, tables, tokenizer):
-    """Tables {run: table} as tokens.npz, tokens-2.npz, ..., with the texts of their token ids."""
-    for stale in out.glob("tokens*.npz"):
-        stale.unlink()
+def write(out, files, tables, tokenizer):
+    """Rows {"entropy.jsonl": rows, ...} and tables {run: table} as tokens.npz, tokens-2.npz, ...,
+    with the texts of their token ids. What an earlier analysis left goes."""
+    out.mkdir(parents=True, exist_ok=True)
+    for stale in [*out.glob("tokens*.npz"), *(out / name for name in files)]:
+        stale.unlink(missing_ok=True)
+    for name, rows in files.items():
+        if rows:
+            (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     for k, (run, table) in enumerate(tables.items(), 1):
         ids = np.unique([*table["token"], *table["top_ids"].flat])
         more = {
@@ -756,10 +723,11 @@ def print_table(rows, changes):
         print(line)
 
 
-def report(name, table, rows, changes):
+def report(table, rows, changes):
     """Print what a person wants first: the table, the pattern, the layer that the paper's rule
     picks."""
-    print(f"\n{name}: {len(table['token'])} response tokens, {figures.settings(rows[0])}")
+    about = rows[0]
+    print(f"\n{about['run']}: {about['tokens']} response tokens, {figures.settings(about)}")
     print_table(rows, changes)
     print("final is normed, the model's own policy; the paper's code ends with the un-normed H^L")
     if changes and "dH_mlp" in changes[0]:
@@ -938,13 +906,13 @@ def main(argv=None):
     models, out = check(args)
     device = torch.device(pick_device(args.device))
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    tables, states, changes, attributions = {}, [], [], []
+    tables, files = {}, defaultdict(list)
     for name, (step, folder) in models.items():
         model = None  # before the next one takes its place
         model = load_model(folder, dtype, device)
         if not tables:
             sequences, tokenizer = responses(args, model)
-        table = measure_all(
+        tables[name] = table = measure_all(
             model,
             sequences,
             args.max_tokens,
@@ -955,27 +923,20 @@ def main(argv=None):
             temperature=args.temperature,
             n_vocab=tokenizer and tokenizer.n_vocab,
         )
-        about = {"run": name, "step": step}
-        of = name if step is None else label(args.model)
-        own_states, own_changes = (
-            state_rows(table, {**about, "model": of}),
-            change_rows(table, about),
-        )
-        report(name, table, own_states, own_changes)
-        tables[name] = table
-        states += own_states
-        changes += own_changes
+        measured = name if step is None else label(args.model)
+        about = {"run": name, "step": step, "model": measured, "tokens": len(table["token"])}
+        rows, changes = state_rows(table, about), change_rows(table, about)
+        report(table, rows, changes)
+        files["entropy.jsonl"] += rows
+        files["entropy_change.jsonl"] += changes
         some = sequences[: args.attribute]
-        attributions += attribution_rows(model, some, about, args.temperature)
+        files["attribution.jsonl"] += attribution_rows(model, some, about, args.temperature)
     if args.steps:
-        for sign in failure_signs(states, internal_steps(args.model, states[0]["n_layers"])):
+        followed = [row for row in files["entropy.jsonl"] if row["step"] is not None]
+        phase = internal_steps(args.model, model.config.n_layers)
+        for sign in failure_signs(followed, phase):
             print(f"WARNING: {sign}")
-
-    out.mkdir(parents=True, exist_ok=True)
-    write_rows(out / "entropy.jsonl", states)
-    write_rows(out / "entropy_change.jsonl", changes)
-    write_rows(out / "attribution.jsonl", attributions)
-    write_tokens(out, tables, tokenizer)
+    write(out, files, tables, tokenizer)
     if args.figures:
         figures.draw(out)
 

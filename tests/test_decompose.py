@@ -336,9 +336,7 @@ def test_many_sequences_are_one_table_in_their_order():
     close(thin["entropy"], table["entropy"][:, kept], 1e-5)
     assert (
         thin["position"].tolist()
-        != measure_all(model, sequences, max_tokens=40, seed=2)[
-            "position"
-        ].tolist()
+        != measure_all(model, sequences, max_tokens=40, seed=2)["position"].tolist()
     )
 
 
@@ -532,7 +530,7 @@ def test_left_out_writes_are_those_of_a_changed_model(family):
 def test_leaving_nothing_out_changes_nothing(dtype):
     """Bit for bit; and a write that is zero, or the same at every token, can be left out."""
     model, ids = tiny(dtype=dtype), tokens(15)
-    nothing = decompose.leave_out(model, ids, 4, fills={"nothing": lambda write: write})
+    nothing = attribute(model, ids, 4, fills={"nothing": lambda write: write})
     assert not nothing["nothing_attn"].any() and not nothing["nothing_mlp"].any()
     with torch.no_grad():
         model.blocks[1].down.weight.zero_()
@@ -540,7 +538,7 @@ def test_leaving_nothing_out_changes_nothing(dtype):
     got = attribute(model, ids, 4)
     assert got["zero_mlp"][1] == got["mean_mlp"][1] == got["zero_attn"][2] == 0
     assert got["zero_mlp"][0] and got["mean_mlp"][0]
-    same = decompose.leave_out(tiny(dtype=dtype), torch.full((9,), 7), 4)
+    same = attribute(tiny(dtype=dtype), torch.full((9,), 7), 4)
     assert np.abs([same["mean_attn"], same["mean_mlp"]]).max() < (
         0.05 if dtype.itemsize == 2 else 1e-5
     )
