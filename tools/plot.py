@@ -35,6 +35,7 @@ from plumbing.rows import read_rows
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")
+LOOKS = [(COLOURS[i % 7], DASHES[i % 4]) for i in range(28)]
 WIDTH = 9.0  # inches; at 100 dots an inch the column of a blog
 STYLE = {
     "axes.axisbelow": True,
@@ -50,11 +51,13 @@ STYLE = {
     "legend.fontsize": 8,
     "legend.frameon": False,
     "lines.linewidth": 1.6,
+    "lines.markersize": 4,
     "savefig.dpi": 150,
     "svg.hashsalt": "nanobupo",  # the same data gives the same bytes
 }
 MOST_LAYERS = 1000  # no model has more; a foreign file may
 MOST_RUNS = 50  # models or training steps in one figure
+NOTE = dict(fontsize=8, color="0.35")
 FLOW_LAYERS = 12  # up to here a line through the states in their order can be followed by eye
 LENS_TOKENS = 14  # columns of a heat-map
 
@@ -224,16 +227,15 @@ def read_tokens(path):
         raise ValueError(f"{path}: not a readable tokens.npz ({why:.80})") from None
     sizes = {}
     for name, (axes, kinds) in TOKENS.items():
-        shape, dtype = t[name].shape, t[name].dtype
-        expected = [sizes.setdefault(axis, n) for axis, n in zip(axes, shape, strict=False)]
-        if len(shape) != len(axes) or [*shape] != expected or dtype.kind not in kinds:
-            raise ValueError(f"{path}: {name} is {dtype} {[*shape]}")
+        shape, dtype = list(t[name].shape), t[name].dtype
+        sizes = dict(zip(axes, shape, strict=False)) | sizes
+        if shape != [sizes.get(axis) for axis in axes] or dtype.kind not in kinds:
+            raise ValueError(f"{path}: {name} is {dtype} {shape}")
     names = ("run", "norm", "dtype", "temperature", "vocab_size")
-    if not isinstance(meta, dict) or not has(meta, *names) or meta["vocab_size"] < 1:
+    if not isinstance(meta, dict) or not has(meta, *names):
         raise ValueError(f"{path}: its meta is not that of decompose.py")
-    if not sizes["M"] or sizes["S"] > 10 * MOST_LAYERS:
-        raise ValueError(f"{path}: {sizes['S']} states of {sizes['M']} tokens")
     t["meta"] = {key: plain(x) if isinstance(x, str) else x for key, x in meta.items()}
+    t["meta"]["ln_vocab"] = np.log(meta["vocab_size"])
     return t
 
 
@@ -263,9 +265,9 @@ def shown(text, most=60):
     return "".join(parts[:kept]) + "\u2026" * (kept < len(parts))
 
 
-def plain(text, most=60):
+def plain(text):
     """A name as a label, whatever it holds: `shown`, with dollars that are no mathematics."""
-    return shown(text, most).replace("$", r"\$")
+    return shown(text).replace("$", r"\$")
 
 
 def printable(text, most=8):
@@ -327,7 +329,7 @@ def panel_grid(n, columns, **options):
 def finish(figure, path, title, caption):
     """Title above, caption below, PNG and SVG; returns both paths."""
     figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
-    figure.supxlabel(caption, fontsize=8, color="0.35", x=0.01, ha="left")
+    figure.supxlabel(caption, x=0.01, ha="left", **NOTE)
     png, svg = (Path(path).with_suffix(kind) for kind in (".png", ".svg"))
     figure.savefig(png)
     figure.savefig(svg, metadata={"Date": None})
@@ -337,15 +339,14 @@ def finish(figure, path, title, caption):
 def styles(runs):
     """{run: (colour, dash)}: training steps from dark to light, other models by colour and dash."""
     stepped = [name for name, rows in runs.items() if rows[0].get("step") is not None]
-    looks = zip(itertools.cycle(COLOURS), itertools.cycle(DASHES), strict=True)
     if len(stepped) < 3:
-        return dict(zip(runs, looks, strict=False))
+        return dict(zip(runs, 2 * LOOKS, strict=False))
     shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(stepped)))
     shades = {name: (tuple(shade), "-") for name, shade in zip(stepped, shades, strict=True)}
     return dict.fromkeys(runs, ("0.5", "--")) | shades
 
 
-def draw(ax, rows, key, colour, dash, label=None, band=None, x="paper_layer"):
+def draw(ax, rows, key, look, label=None, band=None, x="paper_layer"):
     """A line of rows' key over their layer, and the band of its quartiles `band` (a format with {}
     for 25 and 75)."""
     rows = sorted((row for row in rows if row.get(key) is not None), key=lambda row: row[x])
@@ -353,8 +354,15 @@ def draw(ax, rows, key, colour, dash, label=None, band=None, x="paper_layer"):
     def column(key):
         return np.array([row.get(key) for row in rows], float)  # null is NaN
 
-    style = dict(color=colour, marker="o" if len(rows) < 13 else None, markersize=3)
-    ax.plot(column(x), column(key), dash, label=label, **style)
+    colour, dash = look
+    ax.plot(
+        column(x),
+        column(key),
+        dash,
+        color=colour,
+        label=label,
+        marker="o" if len(rows) < 13 else None,
+    )
     if band:
         low, high = column(band.format(25)), column(band.format(75))
         ax.fill_between(column(x), low, high, color=colour, alpha=0.15, linewidth=0)
@@ -367,12 +375,6 @@ def heading(ax, title, xlabel="", zero=False):
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     if zero:
         ax.axhline(0, color="0.3", linewidth=0.8)
-
-
-def note(ax, text, at, coordinates, shift, ha, va):
-    """A small grey text, `shift` points from a place."""
-    place = dict(xycoords=coordinates, xytext=shift, textcoords="offset points", ha=ha, va=va)
-    ax.annotate(text, at, fontsize=8, color="0.35", **place)
 
 
 def of(rows, *components):
@@ -388,27 +390,26 @@ def entropy_flow(rows, path):
     are those of entropy.jsonl. Of a deep model the three kinds of state have a line each and the
     grey one, which goes from state to state, is left out: it would cross out the others."""
     runs = runs_of(rows)
-    height = (3.1 if len(runs) < 3 else 2.2) * len(runs) + 0.9
-    figure, axes = new_figure(len(runs), 1, height, sharex=True, sharey=True)
+    figure, axes = new_figure(len(runs), 1, 2.4 * len(runs) + 1.5, sharex=True, sharey=True)
     for ax, (name, mine) in zip(axes[:, 0], runs.items(), strict=True):
         flow_panel(ax, mine)
-        if len(runs) > 1:
-            ax.set_title(name)
+        ax.set_title(name)
     xlabel = "layer (its attention and MLP writes stand to the left of its residual)"
     axes[-1, 0].set_xlabel(xlabel)
-    axes[0, 0].legend(ncols=2, loc="best")
+    axes[0, 0].legend(ncols=2)
     return finish(figure, path, "Entropy of every internal policy", caption_of(rows))
 
 
 def flow_panel(ax, rows):
     """The panel of one model in `entropy_flow`: x counts states, A^1 1, F^1 2, H^1 3, A^2 4, ..."""
-    L, ln_vocab = rows[0]["n_layers"], rows[0]["ln_vocab"]
-    end, way = 3 * L + max(2, L // 4), []
-    shift = {"attn_out": -2, "mlp_out": -1, "resid_post": 0}
-    for (label, kind), colour, dash in zip(KINDS, COLOURS, DASHES, strict=False):
+    L = rows[0]["n_layers"]
+    ln_vocab = rows[0]["ln_vocab"]
+    end = 3 * L + max(2, L // 4)
+    way = []
+    for (label, kind), shift, look in zip(KINDS, (0, -2, -1), LOOKS, strict=False):
         own = of(rows, kind, "embed") if kind == "resid_post" else of(rows, kind)
-        own = [{**row, "x": 3 * row["paper_layer"] + shift[kind]} for row in own]
-        draw(ax, own, "entropy_nats", colour, dash, label, "entropy_nats_q{}", x="x")
+        own = [{**row, "x": 3 * row["paper_layer"] + shift} for row in own]
+        draw(ax, own, "entropy_nats", look, label, "entropy_nats_q{}", x="x")
         way += [(row["x"], row["entropy_nats"]) for row in own]
     if L <= FLOW_LAYERS:
         ax.plot(*zip(*sorted(way), strict=True), color="0.8", linewidth=0.7, zorder=1)
@@ -417,13 +418,14 @@ def flow_panel(ax, rows):
         ax.plot([end] * 2, quartiles, color="0.6", linewidth=5, solid_capstyle="butt")
         label = "final: norm(H^L), the model's own policy"
         ax.plot(end, row["entropy_nats"], "D", color="black", markersize=5, label=label)
-    ax.axhline(ln_vocab, color="0.3", linestyle=":", linewidth=1)
-    note(ax, "ln V, uniform", (1, ln_vocab), ("axes fraction", "data"), (-2, 3), "right", "bottom")
+    ax.axhline(ln_vocab, color="0.3", linestyle=":")
+    place = dict(transform=ax.get_yaxis_transform(), ha="right", va="bottom")
+    ax.text(0.99, 1.01 * ln_vocab, "ln V, uniform", **place, **NOTE)
     ax.set_ylim(bottom=0)
     ax.set_ylabel("entropy, nats")
     every = max(1, L // 12)
     ticks = range(every, L + 1, every)
-    ax.set_xticks([0, *(3 * l for l in ticks), end], ["embed", *ticks, "final"], fontsize=8)
+    ax.set_xticks([0, *(3 * l for l in ticks), end], ["embed", *ticks, "final"])
 
 
 def layer_figures(rows, changes, folder):
@@ -454,13 +456,11 @@ def by_layer(rows, panels, path, title, unit, columns=3, sharey=False):
     look, log = styles(runs_of(rows)), unit.endswith("log scale")
     for ax, (name, runs, key, band) in zip(axes, filled, strict=True):
         for run, mine in runs.items():
-            draw(ax, mine, key, *look[run], label=run, band=band)
+            draw(ax, mine, key, look[run], run, band=band)
         heading(ax, name, "layer", zero=not log)
-        ax.set_xlim(0.5, max(row["paper_layer"] for row in rows) + 0.5)
         if log:
             ax.set_yscale("log", nonpositive="mask")
-        if ax.get_subplotspec().is_first_col():
-            ax.set_ylabel(unit)
+    figure.supylabel(unit, fontsize=9)
     if len(look) > 1:
         axes[0].legend()
     return finish(figure, path, title, caption_of(rows))
@@ -470,15 +470,16 @@ def lenses(file):
     """Two logit-lens heat-maps of a tokens.npz, layers by tokens: a cell's text is its top-1 token,
     framed where that is the token really produced, its colour the entropy (nats) or the probability
     of the top-1 token. Those of tokens-2.npz carry its number."""
-    t, kinds = read_tokens(file), ("embed", "resid_post", "final")
-    rows = np.flatnonzero(np.isin(t["component"], kinds))
-    if not len(rows) or not t["top_ids"].shape[-1]:
+    t = read_tokens(file)
+    rows = np.flatnonzero(np.isin(t["component"], ["embed", "resid_post", "final"]))
+    if not t["top_ids"][rows].size:
         return []
-    columns, nth = neighbours(t), file.stem.removeprefix("tokens")
-    place, ln_vocab = np.ix_(rows, columns), np.log(t["meta"]["vocab_size"])
+    columns = neighbours(t)
+    place = np.ix_(rows, columns)
+    ln_vocab = t["meta"]["ln_vocab"]
     first, last = t["position"][columns[[0, -1]]] + 1
     caption = (
-        f"{t['meta']['run']}  |  {settings({**t['meta'], 'ln_vocab': ln_vocab})}\n"
+        f"{t['meta']['run']}  |  {settings(t['meta'])}\n"
         f"tokens {first} to {last} of one response  |  "
         "text: top-1 token of each layer's policy, framed and bold where it is the token produced"
     )
@@ -489,9 +490,10 @@ def lenses(file):
     ):
         figure, axes = new_figure(1, 1, 1.5 + 0.24 * len(rows))
         image = axes[0, 0].imshow(values[place], aspect="auto", origin="lower", vmin=0, **scale)
-        figure.colorbar(image, ax=axes[0, 0], pad=0.01, fraction=0.03).set_label(unit, fontsize=8)
+        bar = figure.colorbar(image, ax=axes[0, 0], pad=0.01, fraction=0.03)
+        bar.set_label(unit)
         fill_cells(image, t, rows, columns)
-        path = file.with_name(f"lens_{name}{nth}")
+        path = file.with_name(file.stem.replace("tokens", f"lens_{name}"))
         out += finish(figure, path, "What each layer would say", caption)
     return out
 
@@ -506,18 +508,29 @@ def neighbours(t):
 
 def fill_cells(image, t, rows, columns):
     """The texts of a heat-map: its axes, and its cells in ink that can be read on their colour."""
-    ax, texts = image.axes, dict(zip(t["text_ids"].tolist(), t["text"].tolist(), strict=True))
-    text_of = np.vectorize(lambda i: printable(texts.get(int(i), f"<{i}>")), otypes=[object])
-    top, token = t["top_ids"][..., 0][np.ix_(rows, columns)], t["token"][columns]
+    ax = image.axes
+    texts = dict(zip(t["text_ids"], t["text"], strict=True))
+    text_of = np.vectorize(lambda i: printable(texts.get(i, f"<{i}>")), otypes=[object])
+    top = t["top_ids"][..., 0][np.ix_(rows, columns)]
+    token = t["token"][columns]
     bright = image.to_rgba(image.get_array())[..., :3] @ [0.299, 0.587, 0.114]
     for (y, x), text in np.ndenumerate(text_of(top)):
         ink = "black" if bright[y, x] > 0.5 else "white"
-        style = dict(color=ink, fontsize=min(7, 56 / max(len(text), 1)), parse_math=False)
-        if top[y, x] == token[x]:
-            style["fontweight"] = "bold"
-            frame = dict(fill=False, edgecolor=ink, linewidth=1)
+        produced = top[y, x] == token[x]
+        if produced:
+            frame = dict(fill=False, edgecolor=ink)
             ax.add_patch(Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, **frame))
-        ax.text(x, y, text, ha="center", va="center", **style)
+        ax.text(
+            x,
+            y,
+            text,
+            ha="center",
+            va="center",
+            color=ink,
+            fontsize=min(7, 56 / max(len(text), 1)),
+            fontweight="bold" if produced else "normal",
+            parse_math=False,
+        )
     ax.grid(False)
     layers = np.where(t["component"] == "resid_post", t["layer"], t["component"])
     ax.set_yticks(range(len(rows)), layers[rows], fontsize=7)
@@ -529,27 +542,26 @@ def fill_cells(image, t, rows, columns):
 def through_training(rows, changes, path):
     """Feature refinement over training steps: cosine of H^l with H^L and dH_mlp by layer, one line
     a step, and perplexity over steps."""
-    stepped = [
-        row for rows in runs_of(rows).values() for row in rows if row.get("step") is not None
-    ]
-    runs = runs_of(stepped)
+    looks = styles(runs_of(rows))
+    rows = [row for row in rows if row.get("step") is not None]
+    runs = runs_of(rows)
     if len(runs) < 2:
         return []
     figure, axes = new_figure(1, 3, 3.4)
     cosines, entropies, perplexities = axes[0]
-    for run, look in styles(runs).items():
-        draw(cosines, of(runs[run], "resid_post"), "cos_final", *look, label=run)
-        draw(entropies, [row for row in changes if row["run"] == run], "dH_mlp", *look)
+    for run, mine in runs.items():
+        draw(cosines, of(mine, "resid_post"), "cos_final", looks[run], run)
+        draw(entropies, [row for row in changes if row["run"] == run], "dH_mlp", looks[run])
     final = []
-    for row in of(stepped, "final"):
+    for row in of(rows, "final"):
         if row.get("logprob_token") is not None:
             final.append({**row, "perplexity": np.exp(min(-row["logprob_token"], 200))})
-    draw(perplexities, final, "perplexity", COLOURS[0], "-", x="step")
+    draw(perplexities, final, "perplexity", LOOKS[0], x="step")
     heading(cosines, "cosine of H^l with H^L", "layer")
     heading(entropies, "dH_mlp, nats", "layer", zero=True)
     heading(perplexities, "perplexity of these responses", "step")
     cosines.legend()
-    return finish(figure, path, "Through training, on the same tokens", caption_of(stepped))
+    return finish(figure, path, "Through training, on the same tokens", caption_of(rows))
 
 
 def attribution(rows, path):
@@ -557,11 +569,13 @@ def attribution(rows, path):
     above direct logit attribution; means over responses, weighted by their tokens."""
     runs = runs_of(rows)
     figure, axes = new_figure(len(ATTRIBUTION), len(runs), 7.2, sharex=True, sharey="row")
-    for column, mine in zip(axes.T, runs.values(), strict=True):
-        for ax, (keys, unit) in zip(column, ATTRIBUTION, strict=True):
+    for column, (name, mine) in zip(axes.T, runs.items(), strict=True):
+        for ax, (keys, _) in zip(column, ATTRIBUTION, strict=True):
             attribution_panel(ax, mine, keys)
-            if ax.get_subplotspec().is_first_col():
-                ax.set_ylabel(unit)
+        column[0].set_title(name)
+        column[-1].set_xlabel("layer")
+    for ax, (_, unit) in zip(axes[:, 0], ATTRIBUTION, strict=True):
+        ax.set_ylabel(unit)
     axes[0, 0].legend()
     caption = (
         f"means over {sum(row['tokens'] for row in mine):,} response tokens  |  "
@@ -575,14 +589,20 @@ def attribution(rows, path):
 def attribution_panel(ax, rows, keys):
     """Bars of attention's and the MLP's writes by layer; rows of one model."""
     L = len(rows[0]["zero_attn"])
-    rows = [row for row in rows if len(row["zero_attn"]) == L]
     weight = np.array([row["tokens"] for row in rows], float)
     looks = (-0.2, "attention", "///"), (0.2, "MLP", "")
     for key, colour, (shift, label, hatch) in zip(keys, COLOURS, looks, strict=False):
         mean = np.average([row[key] for row in rows], 0, weight)
-        style = dict(color=colour, label=label, hatch=hatch, edgecolor="white")
-        ax.bar(np.arange(1, L + 1) + shift, mean, 0.4, **style)
-    heading(ax, rows[0]["run"], "layer", zero=True)
+        ax.bar(
+            np.arange(1, L + 1) + shift,
+            mean,
+            width=0.4,
+            color=colour,
+            label=label,
+            hatch=hatch,
+            edgecolor="white",
+        )
+    heading(ax, "", zero=True)
     if keys[0] != "direct_attn":  # one layer outweighs the others a hundred times
         ax.set_yscale("symlog", linthresh=0.1)
 
@@ -613,16 +633,17 @@ def internal_phases(rows, n_layers=None):
     return phases
 
 
-def training(metrics, out, n_layers=None):
+def training(metrics, out):
     """Reward, length, entropies and stability over the steps of metrics.jsonl, internal phases
     shaded; keys that no row has are left out.
 
-    metrics: path of metrics.jsonl; out: where to write, as PNG and SVG. n_layers: L, see
-    internal_phases. Returns the paths written. Raises as `drawable`.
+    metrics: path of metrics.jsonl; out: where to write, as PNG and SVG. Returns the paths written.
+    Raises as `drawable`.
     """
     rows = sorted(drawable(metrics, "metrics.jsonl"), key=lambda row: row["step"])
     present = {key for row in rows for key in TRAINING_KEYS if number(row.get(key))}
-    phases, panels = internal_phases(rows, n_layers), []
+    phases = internal_phases(rows)
+    panels = []
     for title, unit, lines in TRAINING:
         if lines := [line for line in lines if line[0] in present]:
             panels.append((title, unit, lines))
@@ -634,10 +655,11 @@ def training(metrics, out, n_layers=None):
             ax.set_yscale("log", nonpositive="mask")
         for first, last, layer in phases:
             ax.axvspan(first - 0.5, last + 0.5, color="0.92", zorder=0)
-            top = ((first + last) / 2, 1), ("data", "axes fraction")
-            note(ax, f"layer {layer}", *top, (0, -2), "center", "top")
-        for (key, label), colour, dash in zip(lines, COLOURS, DASHES, strict=False):
-            training_line(ax, rows, phases, key, label, dict(color=colour, linestyle=dash))
+            middle = (first + last) / 2
+            place = dict(transform=ax.get_xaxis_transform(), ha="center", va="top")
+            ax.text(middle, 0.99, f"layer {layer}", **place, **NOTE)
+        for (key, label), look in zip(lines, LOOKS, strict=False):
+            training_line(ax, rows, phases, key, label, *look)
         if len(lines) > 1:
             ax.legend()
     caption = f"{plain(run_name(Path(metrics).parent))}, {len(rows):,} steps"
@@ -647,24 +669,19 @@ def training(metrics, out, n_layers=None):
     return finish(figure, out, "Training", caption)
 
 
-def training_line(ax, rows, phases, key, label, style):
+def training_line(ax, rows, phases, key, label, colour, dash):
     """The values of one key over the steps that have it; many of them are smoothed."""
     rows = [row for row in rows if number(row.get(key))]
+    if key == "inter/entropy":  # afterwards it is the model's own
+        rows = [row for row in rows if any(a <= row["step"] <= b for a, b, _ in phases)]
     x, y = (np.array([row[name] for row in rows], float) for name in ("step", key))
-    if key == "inter/entropy":
-        # a line for each phase, for they are of different layers; afterwards it is the model's own
-        for first, last, _ in phases:
-            inside = (first <= x) & (x <= last)
-            ax.plot(x[inside], y[inside], label=label, **style)
-            label = None
-    elif key.startswith("eval/"):  # few, so that each is marked
-        ax.plot(x, y, "o-", label=label, markersize=4, color=style["color"])
-    elif len(y) < 40:
-        ax.plot(x, y, label=label, **style)
-    else:
-        ax.plot(x, y, color=style["color"], alpha=0.25, linewidth=0.8)
-        smooth = running_mean(y, 2 * (len(y) // 50) + 1)
-        ax.plot(x, smooth, label=label, **style)
+    if key.startswith("eval/"):  # few, so that each is marked
+        ax.plot(x, y, "o-", label=label, color=colour)
+        return
+    if len(y) >= 40:
+        ax.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
+        y = running_mean(y, 2 * (len(y) // 50) + 1)
+    ax.plot(x, y, dash, label=label, color=colour)
 
 
 def running_mean(y, width):
