@@ -679,7 +679,7 @@ def training_line(ax, rows, phases, key, label, colour, dash):
         ax.plot(x, y, "o-", label=label, color=colour)
         return
     if len(y) >= 40:
-        ax.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
+        ax.plot(x, y, color=colour, alpha=0.25)
         y = running_mean(y, 2 * (len(y) // 50) + 1)
     ax.plot(x, y, dash, label=label, color=colour)
 
