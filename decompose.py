@@ -41,9 +41,9 @@ from model import Transformer, causal, project
 from plumbing import figures
 from plumbing.cli import Parser, given, guarded, natural, pick_device, positive, whole
 from plumbing.data import DataError, load_problems
-from plumbing.figures import folder_name, label
 from plumbing.hub import load_model, resolve
-from plumbing.rows import each_row, read_json, read_rows
+from plumbing.rows import read_json, read_rows
+from plumbing.runs import checkpoints, folder_name, internal_steps, label
 from plumbing.tokenizer import SYSTEM, load_tokenizer
 from rollout import Sampler
 
@@ -810,18 +810,6 @@ def parser():
     return p
 
 
-def checkpoints(run):
-    """{step: folder} of a run's checkpoints; 0 is the model that it started from."""
-    configs = Path(run).glob("step_" + 6 * "[0-9]" + "/config.json")
-    saved = {int(config.parent.name[5:]): config.parent for config in configs}
-    warm_up, config = Path(run) / "warm-up", Path(run) / "config.json"
-    if warm_up.is_dir():  # where the embedded default starts
-        saved[0] = warm_up
-    elif saved and config.is_file():
-        saved[0] = read_json(config).get("model")
-    return saved
-
-
 def models_of(args):
     """{label: (step or None, folder)} of the models to measure; the first is the one that
     samples."""
@@ -890,16 +878,6 @@ def responses(args, model):
     return sequences, tokenizer
 
 
-def internal_steps(run, n_layers):
-    """The last step of a run's internal phases, by its metrics.jsonl; 0 without."""
-    last = 0
-    for row in each_row(Path(run) / "metrics.jsonl"):
-        step, layer = (row.get(key) if row else None for key in ("step", "inter/layer"))
-        if type(step) is type(layer) is int and layer < n_layers:
-            last = max(last, step)
-    return last
-
-
 def main(argv=None):
     """Models, responses, then measurement and report of each model, files and figures of all."""
     args = parser().parse_args(argv)
@@ -933,8 +911,8 @@ def main(argv=None):
         files["attribution.jsonl"] += attribution_rows(model, some, about, args.temperature)
     if args.steps:
         followed = [row for row in files["entropy.jsonl"] if row["step"] is not None]
-        phase = internal_steps(args.model, model.config.n_layers)
-        for sign in failure_signs(followed, phase):
+        last = internal_steps(args.model, model.config.n_layers)
+        for sign in failure_signs(followed, last):
             print(f"WARNING: {sign}")
     write(out, files, tables, tokenizer)
     if args.figures:

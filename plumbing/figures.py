@@ -1,12 +1,11 @@
 """What the commands that measure share with tools/plot.py, which draws: how to have a folder drawn,
-what a run is called, what an axis can show."""
+what an axis can show, what a caption must say."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
 
-from plumbing.rows import one_line, printable, read_json
+from plumbing.rows import one_line, printable
 
 
 def draw(folder):
@@ -38,37 +37,6 @@ def draw(folder):
 def number(x):
     """Whether x can be drawn: a number, no NaN, no infinity, nothing that overflows an axis."""
     return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e100
-
-
-def run_name(run):
-    """What a run is called: the model that its config.json names, a name or a path, and its folder
-    where that says something else."""
-    run = Path(run).resolve()
-    try:
-        model = read_json(run / "config.json").get("model")
-    except (ValueError, OSError):
-        model = None
-    model = Path(model).name if isinstance(model, str) else ""
-    return run.name if model.casefold() in run.name.casefold() else f"{model}-{run.name}"
-
-
-def label(name):
-    """A model's name for captions and folders: of a path its last part, but a hub cache's
-    repository, a run's model, and for a checkpoint (step_000300, warm-up) its run before it."""
-    path = Path(name)
-    if not path.is_dir():
-        return path.name or str(name)
-    path = path.resolve()
-    if path.parent.name == "snapshots":  # models--Qwen--Qwen3-4B/snapshots/COMMIT
-        return path.parents[1].name.rpartition("--")[2]
-    if path.name == "warm-up" or path.name.startswith("step_"):
-        return f"{run_name(path.parent)}-{path.name}"
-    return run_name(path)
-
-
-def folder_name(name):
-    """`label` as a part of a folder's name."""
-    return re.sub(r"[^A-Za-z0-9._-]", "-", label(name)).strip(".") or "model"
 
 
 def settings(r):

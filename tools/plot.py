@@ -16,7 +16,6 @@ and counted.
 """
 
 import argparse
-import itertools
 import json
 import sys
 from functools import cache
@@ -30,8 +29,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from plumbing.figures import number, run_name, settings
+from plumbing.figures import number, settings
 from plumbing.rows import read_rows
+from plumbing.runs import MOST_LAYERS, internal_phases, run_name, whole
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")
@@ -55,7 +55,6 @@ STYLE = {
     "savefig.dpi": 150,
     "svg.hashsalt": "nanobupo",  # the same data gives the same bytes
 }
-MOST_LAYERS = 1000  # no model has more; a foreign file may
 MOST_RUNS = 50  # models or training steps in one figure
 NOTE = dict(fontsize=8, color="0.35")
 FLOW_LAYERS = 12  # up to here a line through the states in their order can be followed by eye
@@ -114,11 +113,6 @@ TRAINING_KEYS = [key for *_, lines in TRAINING for key, _ in lines]
 # reading
 
 WORDS = ("run", "model", "norm", "dtype", "component")  # fields that hold text
-
-
-def whole(x, least, most):
-    """Whether x is a whole number from `least` to `most`."""
-    return type(x) is int and least <= x <= most
 
 
 def has(row, *names):
@@ -609,28 +603,6 @@ def attribution_panel(ax, rows, keys):
 
 # ----------------------------------------------------------------------------------------------
 # the figure of train.py
-
-
-def internal_phases(rows, n_layers=None):
-    """[(first step, last step, layer)] of the internal phases in metrics.jsonl rows: where
-    `inter/layer` is below L.
-
-    n_layers: L; without it and without `phase` in the rows, L is the highest layer of the rows: a
-    run that has not left its internal phase then shows none.
-    """
-    rows = [row for row in rows if whole(row.get("inter/layer"), 1, MOST_LAYERS)]
-    L = n_layers or max((row["inter/layer"] for row in rows), default=0)
-
-    def phase(row):
-        layer = row["inter/layer"]
-        return layer, layer < L or row.get("phase") == "internal"
-
-    phases = []
-    for (layer, internal), group in itertools.groupby(rows, phase):
-        steps = [row["step"] for row in group]
-        if internal:
-            phases.append((steps[0], steps[-1], layer))
-    return phases
 
 
 def training(metrics, out):
