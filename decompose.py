@@ -148,7 +148,9 @@ class Lens:
 
     def __call__(self, component, h, token):
         """The numbers of a state, a dict of tensors [M] and [M,top_k]."""
-        h, E, parts = self.normed(component, h), self.model.unembedding, []
+        h = self.normed(component, h)
+        E = self.model.unembedding
+        parts = []
         for rows, tokens in zip(h.split(self.chunk), token.split(self.chunk), strict=True):
             z = project(rows, E).div_(self.temperature)  # [chunk,V]
             parts.append(reduce_logits(z, tokens, self.top_k, self.n_vocab))
@@ -178,7 +180,8 @@ class Lens:
 
 def response_tokens(model, ids, prompt_len, position=None):
     """Check `measure`'s input; return ids and the positions in them to analyse, as tensors."""
-    ids, V = torch.as_tensor(ids), model.config.vocab_size
+    ids = torch.as_tensor(ids)
+    V = model.config.vocab_size
     if position is None:
         position = range(prompt_len, len(ids))
     if not len(position):
@@ -209,7 +212,8 @@ def measure(model, ids, prompt_len, components=COMPONENTS, layers=None, position
 
     Raises ValueError on unknown components, layers or norms, on ids out of range, and when there is
     no response token."""
-    lens, L = Lens(model, **options), model.config.n_layers
+    lens = Lens(model, **options)
+    L = model.config.n_layers
     if not components:
         raise ValueError("nothing to measure: no components were asked for")
     if bad := set(components) - set(COMPONENTS):
@@ -222,7 +226,9 @@ def measure(model, ids, prompt_len, components=COMPONENTS, layers=None, position
     def pick(h):
         return h[0, position - 1]
 
-    nan, own, H_L = torch.full(token.shape, torch.nan), None, None
+    nan = torch.full(token.shape, torch.nan)
+    own = None
+    H_L = None
     if "final" in components:
         H_L = pick(model(ids[None]))  # the end comes first: cosines and KL are taken against it
         own = lens("final", model.norm(H_L), token)
@@ -271,7 +277,8 @@ def measure_all(model, sequences, max_tokens=None, seed=0, progress=None, **opti
                 seed, so that means have no preference for early tokens and a heat-map still reads
     progress    label of a progress bar; None shows none
     """
-    runs, drawn = [], []
+    runs = []
+    drawn = []
     for i, (ids, prompt_len) in enumerate(sequences):
         runs += [(i, s, min(s + 16, len(ids))) for s in range(prompt_len, len(ids), 16)]
     for k in np.random.default_rng(seed).permutation(len(runs))[:max_tokens]:
@@ -332,7 +339,8 @@ def entropy_change(table):
     The paper's three are on different scales and do not add up; the steps do: dH_attn_step +
     dH_mlp_step = dH_layer. Returns what the measured components allow. Raises ValueError when that
     is nothing, or when layers were left out."""
-    L, out = table["meta"]["n_layers"], {}
+    L = table["meta"]["n_layers"]
+    out = {}
     H = {name: pick(table, name) for name in set(table["component"])}
     if any(name in BLOCK and len(rows) < L for name, rows in H.items()):
         raise ValueError("entropy changes need every layer: measure without `layers`")
@@ -361,7 +369,9 @@ def pattern(table, near_zero=0.02):
     ranges say."""
     d = entropy_change(table)["dH_mlp"].mean(-1)
     moved = abs(d) > near_zero * math.log(table["meta"]["vocab_size"])
-    stage, L = 1 - np.sign(d) * moved, len(d)  # 0, 1, 2: exploration, integration, convergence
+    # 0, 1, 2: exploration, integration, convergence
+    stage = 1 - np.sign(d) * moved
+    L = len(d)
     cuts = []
     for a in range(L + 1):
         for b in range(a, L + 1):
@@ -369,8 +379,10 @@ def pattern(table, near_zero=0.02):
             cuts.append((agree.mean(), d[:a].sum() - d[b:].sum(), a, b))
     fit, _, a, b = max(cuts)
     runs = {"exploration": (1, a), "integration": (a + 1, b), "convergence": (b + 1, L)}
-    out = {name: run if run[0] <= run[1] else None for name, run in runs.items()}
-    return {**out, "fit": float(fit)}
+    for name, (first, last) in runs.items():
+        if first > last:
+            runs[name] = None
+    return {**runs, "fit": float(fit)}
 
 
 def bupo_layer(table):
@@ -388,7 +400,8 @@ def bupo_layer(table):
     if not len(rising):
         return None, f"no layer below {L} has dH_mlp > 0; {curve}"
     l = int(rising[-1])
-    own, error = mean[l - 1], d[l - 1].std() / math.sqrt(max(n - 1, 1))
+    own = mean[l - 1]
+    error = d[l - 1].std() / math.sqrt(max(n - 1, 1))
     text = (
         f"layer {l} of {L} is the last below {L} with dH_mlp > 0: {own:+.3f} nats (standard error "
         f"at least {error:.3f}), layer {l + 1}: {mean[l]:+.3f}"
@@ -449,7 +462,9 @@ def failure_signs(rows, internal_steps=0):
     internal_steps: length of the internal phase. Perplexity is that of the fixed responses under
     the model's own policy; neighbouring measured steps are compared, so that sparse steps see less.
     """
-    signs, final, early = [], [], defaultdict(list)
+    signs = []
+    final = []
+    early = defaultdict(list)
     for row in rows:
         layer = row["paper_layer"]
         if row["component"] == "final":
@@ -511,28 +526,34 @@ def attribute(model, ids, prompt_len, temperature=1.0, fills=FILLS):
     """
     E = model.unembedding
     ids = torch.as_tensor(ids, device=E.device)[None]
-    token, at = ids[0, prompt_len:], slice(prompt_len - 1, -1)
-    H_L, angles = model(ids), model.angles(ids)
+    token = ids[0, prompt_len:]
+    at = slice(prompt_len - 1, -1)
+    H_L = model(ids)
+    angles = model.angles(ids)
     scale = torch.rsqrt(H_L[0, at].float().square().mean(-1, keepdim=True) + model.config.norm_eps)
     towards = model.norm.weight.float() * E[token].float() * scale / temperature  # [M,D]
 
-    def logprob(h):
-        return float(token_logprobs(model.norm(h[0, at]), E, token, temperature)[0].mean())
+    def logprob(h, layer):
+        """Of the response, from H^layer."""
+        for block in model.blocks[layer:]:
+            h = block(h, angles, causal)
+        logprobs, _ = token_logprobs(model.norm(h[0, at]), E, token, temperature)
+        return float(logprobs.mean())
 
     def share(write):
         return float((write[0, at].float() * towards).sum(-1).mean())
 
-    out, whole_model = defaultdict(list), logprob(H_L)
+    out = defaultdict(list)
+    whole_model = logprob(H_L, model.config.n_layers)
     for layer, pre, attn, mid, mlp, _ in model.stream(ids):
         out["direct_attn"].append(share(attn))
         out["direct_mlp"].append(share(mlp))
         for name, fill in fills.items():
-            without_attn, without_mlp = pre + fill(attn), mid + fill(mlp)
-            without_attn = without_attn + model.blocks[layer - 1].mlp_out(without_attn)
-            for kind, h in ("attn", without_attn), ("mlp", without_mlp):
-                for block in model.blocks[layer:]:
-                    h = block(h, angles, causal)
-                out[f"{name}_{kind}"].append(logprob(h) - whole_model)
+            h = pre + fill(attn)
+            h = h + model.blocks[layer - 1].mlp_out(h)
+            out[f"{name}_attn"].append(logprob(h, layer) - whole_model)
+            h = mid + fill(mlp)
+            out[f"{name}_mlp"].append(logprob(h, layer) - whole_model)
     out = {name: np.array(values) for name, values in out.items()}
     return {**out, "direct_embed": share(model.embed(ids)), "logprob": whole_model}
 
@@ -545,7 +566,8 @@ def sample(model, tokenizer, args):
     """Responses of the model to the first problems of --data: [(ids, prompt_len)]."""
     problems = load_problems(args.data, limit=args.limit)
     prompts = [list(tokenizer.chat(p.question, args.system)) for p in problems]
-    longest, room = max(map(len, prompts)), model.config.max_len
+    longest = max(map(len, prompts))
+    room = model.config.max_len
     if longest + args.max_new_tokens > room:
         raise ValueError(
             f"prompts of up to {longest} tokens and --max-new-tokens {args.max_new_tokens} exceed "
@@ -568,7 +590,8 @@ def sample(model, tokenizer, args):
 
 def is_sample(row):
     """Whether a row of a samples.jsonl has token ids to analyse."""
-    prompt, ids = row.get("prompt_ids"), row.get("ids")
+    prompt = row.get("prompt_ids")
+    ids = row.get("ids")
     if not (isinstance(prompt, list) and isinstance(ids, list) and prompt):
         return False
     return all(type(i) is int and 0 <= i < 2**31 for i in prompt + ids)
@@ -613,7 +636,8 @@ def state_rows(table, about):
 
     Layers count from 1, nats throughout. about: what all rows hold.
     """
-    rows, meta = [], table["meta"]
+    rows = []
+    meta = table["meta"]
     about = {**about, **meta, "ln_vocab": math.log(meta["vocab_size"])}
     for s, component in enumerate(table["component"]):
         row = {**about, "component": str(component), "paper_layer": int(table["layer"][s])}
@@ -634,13 +658,16 @@ def change_rows(table, about):
         changes = entropy_change(table)
     except ValueError:
         return []
-    changes.pop("H", None)
     rows = []
     for l in range(table["meta"]["n_layers"]):
         row = {**about, "paper_layer": l + 1}
-        for name, d in changes.items():
-            row |= {name: float(d[l].mean()), **quartiles(name, d[l], (25, 75))}
-            row[f"{name}_positive"] = float((d[l] > 0).mean())
+        for name in CHANGES:
+            if name not in changes:
+                continue
+            d = changes[name][l]
+            row[name] = float(d.mean())
+            row[f"{name}_positive"] = float((d > 0).mean())
+            row |= quartiles(name, d, (25, 75))
         rows.append(row)
     return rows
 
@@ -650,9 +677,10 @@ def attribution_rows(model, sequences, about, temperature):
     rows = []
     for i, (ids, prompt_len) in enumerate(tqdm(sequences, "attribution", disable=None)):
         if len(ids) > prompt_len:
-            found = attribute(model, ids, prompt_len, temperature)
-            found = {name: np.asarray(values).tolist() for name, values in found.items()}
-            rows.append({**about, "example_id": i, "tokens": len(ids) - prompt_len, **found})
+            row = {**about, "example_id": i, "tokens": len(ids) - prompt_len}
+            for name, values in attribute(model, ids, prompt_len, temperature).items():
+                row[name] = np.asarray(values).tolist()
+            rows.append(row)
     return rows
 
 
@@ -667,13 +695,10 @@ def write(out, files, tables, tokenizer):
             (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     for k, (run, table) in enumerate(tables.items(), 1):
         ids = np.unique([*table["token"], *table["top_ids"].flat])
-        more = {
-            "text_ids": ids,
-            "text": np.array([token_text(tokenizer, int(i)) for i in ids]),
-            "meta": np.array(json.dumps({**table["meta"], "run": run})),
-        }
-        file = out / ("tokens.npz" if k == 1 else f"tokens-{k}.npz")
-        np.savez_compressed(file, **{**table, **more})
+        texts = [token_text(tokenizer, int(i)) for i in ids]
+        meta = json.dumps({**table["meta"], "run": run})
+        table = {**table, "meta": meta, "text_ids": ids, "text": texts}
+        np.savez_compressed(out / ("tokens.npz" if k == 1 else f"tokens-{k}.npz"), **table)
 
 
 def token_text(tokenizer, i):
@@ -733,10 +758,8 @@ def report(table, rows, changes):
     if changes and "dH_mlp" in changes[0]:
         stages = pattern(table)
         fit = stages.pop("fit")
-        print("pattern of dH_mlp:", end=" ")
-        for stage, run in stages.items():
-            print(stage, "{}-{},".format(*run) if run else "none,", end=" ")
-        print(f"{fit:.0%} of the layers agree")
+        said = ", ".join(f"{stage} {run or 'none'}" for stage, run in stages.items())
+        print(f"pattern of dH_mlp: {said}; {fit:.0%} of the layers agree")
         layer, evidence = bupo_layer(table)
         print(f"the paper's rule for BuPO's layer: {evidence}")
         if layer:
@@ -762,8 +785,7 @@ def steps(text):
     return sorted(whole(step) for step in text.split(","))
 
 
-# name, type, default, metavar, help
-FLAGS = {
+FLAGS = {  # name, type or choices, default, metavar, help
     "what to analyse": (
         ("--model", str, None, "MODEL", "model folder, preset or hub id; with --steps a run"),
         ("--steps", steps, None, "N,N", "checkpoints of the run, on the same tokens; 0: its start"),
@@ -771,25 +793,21 @@ FLAGS = {
         ("--text", str, None, "TEXT", "analyse this text instead, every token after the first"),
         ("--data", given, "math500", "DATA", "else sample responses to these problems"),
         ("--limit", natural, 8, "N", "problems, or rows of --samples-file"),
-        ("--system", str, SYSTEM, "TEXT", "instruction before the question; the tiny model's: ''"),
+        ("--system", str, SYSTEM, "TEXT", "instruction before the question; '' for the tiny model"),
         ("--max-new-tokens", natural, 256, "N", "tokens a sampled response may have"),
         ("--max-tokens", natural, 1024, "N", "response tokens to analyse, drawn if there are more"),
     ),
     "how": (
         ("--components", components, COMPONENTS, "C,C", "states to unembed"),
+        ("--norm", NORMS, "none", None, "of internal states: none is the paper, final the lens"),
         ("--temperature", positive, 1.0, "T", "divides logits, here and in sampling"),
-        (
-            "--attribute",
-            whole,
-            0,
-            "N",
-            "for N responses: log-prob without each write, 4 L forwards",
-        ),
+        ("--attribute", whole, 0, "N", "responses to leave writes out of, 4 L forwards each"),
         ("--device", str, "auto", "NAME", "cpu, cuda, cuda:1; auto: a GPU if there is one"),
+        ("--dtype", DTYPES, None, None, "of the weights: bfloat16 on a GPU, else float32"),
         ("--seed", whole, 0, "N", "of sampling and thinning"),
     ),
     "output": (
-        ("--out", str, None, "DIR", "folder for rows and figures (default: out/decompose-MODEL)"),
+        ("--out", str, None, "DIR", "folder of rows and figures, if not out/decompose-MODEL"),
     ),
 }
 
@@ -798,15 +816,18 @@ def parser():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for title, flags in FLAGS.items():
         group = p.add_argument_group(title)
-        for name, type, default, metavar, help in flags:
-            if default:
-                help += " (default: %(default)s)"
-            group.add_argument(name, type=type, default=default, metavar=metavar, help=help)
-    add = p.add_argument
-    add("--compare", nargs="+", default=[], metavar="MODEL", help="more models, same tokens")
-    add("--norm", choices=NORMS, default="none", help="final: the logit lens (default: none)")
-    add("--dtype", choices=DTYPES, help="of the weights (default: bfloat16 on a GPU, else float32)")
-    add("--no-figures", dest="figures", action="store_false", help="draw none")
+        for name, kind, default, metavar, help in flags:
+            group.add_argument(
+                name,
+                type=str if isinstance(kind, tuple) else kind,
+                choices=kind if isinstance(kind, tuple) else None,
+                default=default,
+                metavar=metavar,
+                help=help + (" (default: %(default)s)" if default else ""),
+                required=name == "--model",
+            )
+    p.add_argument("--compare", nargs="+", default=[], help="more models, on the same tokens")
+    p.add_argument("--no-figures", dest="figures", action="store_false", help="draw none")
     return p
 
 
@@ -884,9 +905,10 @@ def main(argv=None):
     models, out = check(args)
     device = torch.device(pick_device(args.device))
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    tables, files = {}, defaultdict(list)
+    tables = {}
+    files = defaultdict(list)
     for name, (step, folder) in models.items():
-        model = None  # before the next one takes its place
+        model = None  # room for the next one
         model = load_model(folder, dtype, device)
         if not tables:
             sequences, tokenizer = responses(args, model)
@@ -903,7 +925,8 @@ def main(argv=None):
         )
         measured = name if step is None else label(args.model)
         about = {"run": name, "step": step, "model": measured, "tokens": len(table["token"])}
-        rows, changes = state_rows(table, about), change_rows(table, about)
+        rows = state_rows(table, about)
+        changes = change_rows(table, about)
         report(table, rows, changes)
         files["entropy.jsonl"] += rows
         files["entropy_change.jsonl"] += changes

@@ -47,7 +47,8 @@ def folder_name(name):
 
 def checkpoints(run):
     """{step: folder} of a run's checkpoints; 0 is the model that it started from."""
-    run, saved = Path(run), {}
+    run = Path(run)
+    saved = {}
     for config in run.glob("step_" + 6 * "[0-9]" + "/config.json"):
         folder = config.parent
         saved[int(folder.name.removeprefix("step_"))] = folder

@@ -134,7 +134,8 @@ def is_metrics(row):
 
 def is_state(row):
     """Whether this is a row of entropy.jsonl."""
-    L, layer = row.get("n_layers"), row.get("paper_layer")
+    L = row.get("n_layers")
+    layer = row.get("paper_layer")
     names = ("run", "norm", "dtype", "component", "temperature", "ln_vocab", "tokens")
     return whole(L, 1, MOST_LAYERS) and whole(layer, 0, L) and has(row, *names, "entropy_nats")
 
@@ -221,7 +222,8 @@ def read_tokens(path):
         raise ValueError(f"{path}: not a readable tokens.npz ({why:.80})") from None
     sizes = {}
     for name, (axes, kinds) in TOKENS.items():
-        shape, dtype = list(t[name].shape), t[name].dtype
+        shape = list(t[name].shape)
+        dtype = t[name].dtype
         sizes = dict(zip(axes, shape, strict=False)) | sizes
         if shape != [sizes.get(axis) for axis in axes] or dtype.kind not in kinds:
             raise ValueError(f"{path}: {name} is {dtype} {shape}")
@@ -358,7 +360,8 @@ def draw(ax, rows, key, look, label=None, band=None, x="paper_layer"):
         marker="o" if len(rows) < 13 else None,
     )
     if band:
-        low, high = column(band.format(25)), column(band.format(75))
+        low = column(band.format(25))
+        high = column(band.format(75))
         ax.fill_between(column(x), low, high, color=colour, alpha=0.15, linewidth=0)
 
 
@@ -447,7 +450,8 @@ def by_layer(rows, panels, path, title, unit, columns=3, sharey=False):
     if not filled:
         return []
     figure, axes = panel_grid(len(filled), columns, sharey=sharey)
-    look, log = styles(runs_of(rows)), unit.endswith("log scale")
+    look = styles(runs_of(rows))
+    log = unit.endswith("log scale")
     for ax, (name, runs, key, band) in zip(axes, filled, strict=True):
         for run, mine in runs.items():
             draw(ax, mine, key, look[run], run, band=band)
@@ -495,7 +499,8 @@ def lenses(file):
 def neighbours(t):
     """Indices of the first tokens of a table that follow each other in one response."""
     index = np.arange(len(t["token"]))[:LENS_TOKENS]
-    example, position = t["example"][index], t["position"][index]
+    example = t["example"][index]
+    position = t["position"][index]
     follows = (example == example[0]) & (position == position[0] + index)
     return index[np.logical_and.accumulate(follows)]
 
@@ -667,7 +672,9 @@ def running_mean(y, width):
 
 def decomposition(file):
     """The figures of an entropy.jsonl and of the entropy_change.jsonl beside it."""
-    rows, folder, changes = drawable(file, "entropy.jsonl"), file.parent, []
+    rows = drawable(file, "entropy.jsonl")
+    folder = file.parent
+    changes = []
     if (folder / "entropy_change.jsonl").exists():
         changes = drawable(folder / "entropy_change.jsonl", "entropy_change.jsonl")
     out = []
@@ -694,7 +701,8 @@ def folder(path):
     Raises FileNotFoundError when there is nothing to draw, and ValueError or OSError when a file
     cannot be read or drawn; the other files' figures are there all the same.
     """
-    out, wrong = [], []
+    out = []
+    wrong = []
     for pattern, drawer in DRAWERS:
         for file in sorted(Path(path).glob(pattern)):
             try:
