@@ -26,29 +26,38 @@ are those of TransformerLens.
 import argparse
 import json
 import math
-import re
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import causal, project
-from plumbing.cli import guarded, natural, pick_device, whole
+from grpo import token_logprobs
+from model import Transformer, causal, project
+from plumbing import figures
+from plumbing.cli import Parser, given, guarded, natural, pick_device, positive, whole
 from plumbing.data import DataError, load_problems
 from plumbing.hub import load_model, resolve
-from plumbing.rows import read_json
-from tools import plot
+from plumbing.rows import read_json, read_rows
+from plumbing.runs import checkpoints, folder_name, internal_steps, label
+from plumbing.tokenizer import SYSTEM, load_tokenizer
+from rollout import Sampler
 
 # The order of the stream. attn_in and mlp_in are the normed states that a block's sub-layers read:
 # the paper's entropy changes start there.
 BLOCK = ("attn_in", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 COMPONENTS = ("embed", *BLOCK, "final")
 NORMS = ("none", "final", "rms")
+DTYPES = ("float32", "bfloat16", "float16")
+NOTHING = "no response tokens to analyse: every sequence ends where its prompt does"
 
 
 # ----------------------------------------------------------------------------------------------
-# the core
+# one state: its policy, in a few numbers
 
 
 def states(model, ids, pick=lambda h: h):
@@ -58,47 +67,39 @@ def states(model, ids, pick=lambda h: h):
     write is what was added to base: the attention's, the MLP's, at resid_post both (A^l + F^l on
     H^{l-1}); None where nothing was. Layers count from 1; `embed` is layer 0, and `final` =
     norm(H^L), which the model's own policy unembeds, is layer L."""
-    for s in model.stream(ids):
-        block = model.blocks[s.layer - 1]
-        pre, attn, mid, mlp, post = (pick(h) for h in s[1:])
-        if s.layer == 1:
+    for layer, *stream in model.stream(ids):
+        block = model.blocks[layer - 1]
+        pre, attn, mid, mlp, post = map(pick, stream)
+        if layer == 1:
             yield "embed", 0, pre, None, None
-        yield "attn_in", s.layer, block.attn_norm(pre), None, None
-        yield "attn_out", s.layer, attn, attn, pre
-        yield "resid_mid", s.layer, mid, None, None
-        yield "mlp_in", s.layer, block.mlp_norm(mid), None, None
-        yield "mlp_out", s.layer, mlp, mlp, mid
-        yield "resid_post", s.layer, post, attn.float() + mlp.float(), pre
-    yield "final", s.layer, model.norm(post), None, None
+        yield "attn_in", layer, block.attn_norm(pre), None, None
+        yield "attn_out", layer, attn, attn, pre
+        yield "resid_mid", layer, mid, None, None
+        yield "mlp_in", layer, block.mlp_norm(mid), None, None
+        yield "mlp_out", layer, mlp, mlp, mid
+        yield "resid_post", layer, post, attn.float() + mlp.float(), pre
+    yield "final", layer, model.norm(post), None, None
 
 
 def reduce_logits(z, token, top_k=5, n_vocab=None):
-    """What is kept of logits z [M,V] (float32, overwritten: two buffers of this size are all it
-    takes) with actual tokens [M].
+    """What is kept of logits z [M,V] (float32) with actual tokens [M].
 
     entropy = -sum p ln p, nats; logprob and rank of the token, rank 1 = most likely; lse = ln sum
     exp z; top_ids, top_probs [M,top_k]; unused = probability of the rows n_vocab .. V-1, which no
     token of the tokenizer uses. Each [M] unless said otherwise."""
-    z_token, e = z.gather(-1, token[:, None]), torch.empty_like(z)
-    rank = (
-        torch.gt(z, z_token, out=e).sum(-1).int() + 1
-    )  # counted in float32, exact to 2^24: on a CPU ten times as fast as of bools
-    top, top_ids = z.topk(max(top_k, 1), -1)
-    z_max = top[:, :1].clone()
-    z -= z_max  # the largest exponent is 0: nothing overflows
-    torch.exp(z, out=e)
-    total = e.sum(-1, keepdim=True)
-    unused = e[:, z.shape[-1] if n_vocab is None else n_vocab :].sum(-1) / total[:, 0]
-    entropy = total.log() - e.mul_(z).sum(-1, keepdim=True) / total  # ln sum e^z - sum p z
-    lse = z_max + total.log()
+    logp = z.log_softmax(-1)
+    own = logp.gather(-1, token[:, None])
+    top, top_ids = logp.topk(max(top_k, 1), -1)
+    p = logp.exp()
     return {
-        "entropy": entropy[:, 0].clamp_min(0),
-        "logprob": (z_token - lse)[:, 0],
-        "rank": rank,
-        "lse": lse[:, 0],
-        "unused": unused,
-        "top_ids": top_ids[:, :top_k],
-        "top_probs": (top - lse).exp()[:, :top_k],
+        "logprob": own[:, 0],
+        # counted in float32, exact to 2^24: faster than bools
+        "rank": (z > z.gather(-1, token[:, None])).float().sum(-1).int() + 1,
+        "lse": (z.gather(-1, top_ids) - top)[:, 0],
+        "unused": p[:, n_vocab or z.shape[-1] :].sum(-1),
+        "top_ids": top_ids[:, :top_k].int(),
+        "top_probs": top[:, :top_k].exp(),
+        "entropy": -p.mul_(logp).sum(-1),  # p is overwritten
     }
 
 
@@ -109,247 +110,193 @@ def mean_row(z, E):
     With it KL(p || q) = lse_q - sum_v p_v z^q_v - H(p) is one dot product for any state h, because
     sum_v p_v (h . E_v) is h . sum_v p_v E_v: no other state has to meet the final logits, and none
     is unembedded a second time."""
-    pieces = zip(
-        z.softmax(-1).split(16384, -1), E.split(16384), strict=True
-    )  # a bfloat16 E is widened a piece at a time
-    return sum((p_v @ E_v.float()).double() for p_v, E_v in pieces)
+    total = 0.0
+    # a bfloat16 E is widened a piece at a time
+    for p_v, E_v in zip(z.softmax(-1).split(16384, -1), E.split(16384), strict=True):
+        total = total + (p_v @ E_v.float()).double()
+    return total
 
 
-def response_rows(model, ids, prompt_len, lengths=None, select=None):
-    """Check `measure`'s input; return ids [B,T] and the (example, position) [M] of every response
-    token to analyse."""
-    ids = torch.as_tensor(ids, dtype=torch.long)
-    ids = ids[None] if ids.dim() == 1 else ids
-    (B, T), V = ids.shape, model.config.vocab_size
-    prompt_len, lengths = (
-        torch.as_tensor(x).expand(B)[:, None]
-        for x in (prompt_len, T if lengths is None else lengths)
-    )
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < V:
+@dataclass
+class Lens:
+    """Turns states [M,D] into numbers: those of `reduce_logits`, all of logits / T, and kl [M] =
+    KL(pi^L || this policy) in nats, NaN until the state `final` has been through."""
+
+    model: Transformer
+    # before the unembedding: "none" (the paper), "final" (the model's last norm, the logit lens),
+    # "rms" (x / rms(x), no gain); not of attn_in, mlp_in and final, which carry one by definition
+    norm: str = "none"
+    temperature: float = 1.0
+    chunk: int = 128  # rows at once; three float32 [chunk,V] are the peak, 0.23 GB at V = 151,936
+    top_k: int = 5
+    n_vocab: int | None = None  # token ids in use; the probability of rows above is `unused`
+    own: tuple = (torch.nan, torch.nan)  # of pi^L: entropy [M], mean row [M,D]
+
+    def __post_init__(self):
+        if self.norm not in NORMS:
+            raise ValueError(f"no norm {self.norm!r}; there are {', '.join(NORMS)}")
+        if not (self.temperature > 0 and self.chunk >= 1):
+            raise ValueError("temperature must be above 0 and chunk at least 1")
+
+    def normed(self, component, h):
+        """What the unembedding sees of a state."""
+        if self.norm == "none" or component in ("attn_in", "mlp_in", "final"):
+            return h
+        if self.norm == "final":
+            return self.model.norm(h)
+        return F.rms_norm(h.float(), h.shape[-1:], eps=self.model.config.norm_eps).to(h.dtype)
+
+    def __call__(self, component, h, token):
+        """The numbers of a state, a dict of tensors [M] and [M,top_k]."""
+        h = self.normed(component, h)
+        E = self.model.unembedding
+        parts = []
+        for rows, tokens in zip(h.split(self.chunk), token.split(self.chunk), strict=True):
+            z = project(rows, E).div_(self.temperature)  # [chunk,V]
+            parts.append(reduce_logits(z, tokens, self.top_k, self.n_vocab))
+            if component == "final":
+                parts[-1]["mean_row"] = mean_row(z, E)
+        out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        if component == "final":
+            self.own = out["entropy"], out.pop("mean_row")
+        entropy, row = self.own
+        mean_logit = (h.double() * row).sum(-1) / self.temperature  # under pi^L
+        out["kl"] = (out["lse"] - mean_logit - entropy).clamp_min(0).float()
+        return out
+
+
+# ----------------------------------------------------------------------------------------------
+# every state: the table, a dict of numpy arrays, S states in the order of the stream by M tokens
+#
+#   component, layer [S]    see `states`
+#   example, position, token [M]    position counts from the first response token
+#   entropy, logprob, rank, lse, unused, kl [S,M], top_ids, top_probs [S,M,top_k]    see `Lens`
+#   rms [S,M]        root mean square of the state, before any lens norm
+#   cos_resid [S,M]  cosine of A^l, F^l, and at resid_post A^l + F^l, with the residual they are
+#                    added to; elsewhere NaN
+#   cos_final [S,M]  cosine with the un-normed H^L; NaN where `final` was not measured, as is kl
+#   meta             dict: vocab_size, n_layers, n_vocab, norm, temperature, dtype
+
+
+def response_tokens(model, ids, prompt_len, position=None):
+    """Check `measure`'s input; return ids and the positions in them to analyse, as tensors."""
+    ids = torch.as_tensor(ids)
+    V = model.config.vocab_size
+    if position is None:
+        position = range(prompt_len, len(ids))
+    if not len(position):
+        raise DataError(NOTHING)
+    if prompt_len < 1:
+        raise ValueError("prompt_len must be at least 1: no state produced the first token")
+    if ids.min() < 0 or ids.max() >= V:
         raise DataError(
-            f"token ids run from {int(ids.min())} to {int(ids.max())}, the model has rows 0 to "
-            f"{V - 1}: are they its own?"
+            f"token ids run from {ids.min()} to {ids.max()}, the model has rows 0 to {V - 1}: "
+            "are they its own?"
         )
-    if (prompt_len < 1).any() or (lengths > T).any():
-        raise ValueError(
-            "prompt_len must be at least 1 (no state produced the first token) and lengths at "
-            "most T"
-        )
-    keep = (torch.arange(T) >= prompt_len) & (torch.arange(T) < lengths)
-    if select is not None:
-        keep &= torch.as_tensor(select, dtype=torch.bool).reshape(B, T)
-    if not keep.any():
-        raise DataError("no response tokens to analyse: every sequence ends where its prompt does")
-    return ids, *keep.nonzero(as_tuple=True)
+    device = model.unembedding.device
+    return ids.to(device), torch.tensor(position, device=device)
 
 
 @torch.no_grad()
-def measure(
-    model,
-    ids,
-    prompt_len,
-    lengths=None,
-    components=COMPONENTS,
-    layers=None,
-    norm="none",
-    temperature=1.0,
-    chunk=128,
-    top_k=5,
-    n_vocab=None,
-    select=None,
-    tick=None,
-):
+def measure(model, ids, prompt_len, components=COMPONENTS, layers=None, position=None, **options):
     """Unembed every state of the residual stream at the response tokens and reduce it to a few
-    numbers.
+    numbers: the table above.
 
-    ids         token ids [T], or [B,T] right-padded
-    prompt_len  where the response starts, int or [B]; response token t was produced by the states
-                at position t - 1
-    lengths     tokens of a row, prompt and response, int or [B]; None is T
+    ids         token ids [T] of a prompt and a response
+    prompt_len  where the response starts; response token t was produced by the states at position
+                t - 1
     components  which of COMPONENTS to unembed; layers: in which blocks (1-based), None is all.
                 `embed` and `final` belong to no block
-    norm        before the unembedding: "none" (the paper), "final" (the model's last norm, the
-                logit lens), "rms" (x / rms(x), no gain). attn_in, mlp_in and final carry a norm by
-                definition and get no other
-    chunk       rows unembedded at once; two float32 [chunk,V] buffers are the peak, 0.2 GB at
-                V = 151,936
-    n_vocab     token ids in use; the probability of rows above them is `unused`
-    select      bool [B,T], analyse only these of the response tokens
-    tick        called with the row count of every chunk, for progress
+    position    [M] analyse only these response tokens, counted in ids
+    options     norm, temperature, chunk, top_k, n_vocab: see `Lens`
 
-    Returns a dict of numpy arrays, S states in the order of the stream by M tokens in the order of
-    ids:
-        component, layer [S]; example, position, token [M], position counted from the first
-                         response token
-        entropy, logprob, rank, lse, unused [S,M], top_ids, top_probs [S,M,top_k], all of
-                         logits / T: see reduce_logits
-        kl [S,M]         KL(pi^L || this policy), nats; NaN without `final` among the components
-        rms [S,M]        root mean square of the state, before any lens norm
-        cos_resid [S,M]  cosine of A^l, F^l, and at resid_post A^l + F^l, with the residual they are
-                         added to; elsewhere NaN
-        cos_final [S,M]  cosine with the un-normed H^L; NaN without `final`
-        meta             dict: vocab_size, n_layers, n_vocab, norm, temperature, dtype
     Raises ValueError on unknown components, layers or norms, on ids out of range, and when there is
     no response token."""
-    c = model.config
-    if bad := [x for x in components if x not in COMPONENTS]:
-        raise ValueError(f"no component {bad[0]}; there are {', '.join(COMPONENTS)}")
-    if bad := [l for l in layers or () if not 1 <= l <= c.n_layers]:
-        raise ValueError(f"no layer {bad[0]}; the model has 1 to {c.n_layers}")
-    if norm not in NORMS:
-        raise ValueError(f"no norm {norm!r}; there are {', '.join(NORMS)}")
-    if not (temperature > 0 and chunk >= 1):
-        raise ValueError(f"temperature {temperature} must be above 0 and chunk {chunk} at least 1")
-    ids, example, position = response_rows(model, ids, prompt_len, lengths, select)
-    device = model.unembedding.device
-    ids, b, t = ids.to(device), example.to(device), position.to(device)
-    token = ids[b, t]
-    E = (
-        model.unembedding if device.type == "cuda" else model.unembedding.float()
-    )  # exact, and once: a CPU product converts it every time
+    lens = Lens(model, **options)
+    L = model.config.n_layers
+    if not components:
+        raise ValueError("nothing to measure: no components were asked for")
+    if bad := set(components) - set(COMPONENTS):
+        raise ValueError(f"no component {min(bad)}; there are {', '.join(COMPONENTS)}")
+    if bad := set(layers or ()) - set(range(1, L + 1)):
+        raise ValueError(f"no layer {min(bad)}; the model has 1 to {L}")
+    ids, position = response_tokens(model, ids, prompt_len, position)
+    token = ids[position]
 
     def pick(h):
-        return h[b, t - 1]
+        return h[0, position - 1]
 
-    def lens(component, h):
-        if norm == "none" or component in ("attn_in", "mlp_in", "final"):
-            return h
-        if norm == "final":
-            return model.norm(h)
-        return (h.float() * torch.rsqrt(h.float().square().mean(-1, keepdim=True) + c.norm_eps)).to(
-            h.dtype
-        )
-
-    def logits(h):
-        z = project(h, E)
-        return z if temperature == 1 else z.div_(temperature)
-
-    policy = []  # of the model itself, for every chunk: entropy and mean row
-
-    def unembed(component, h):
-        parts = []
-        for i, (x, y) in enumerate(
-            zip(lens(component, h).split(chunk), token.split(chunk), strict=True)
-        ):
-            z = logits(x)
-            row = mean_row(z, E) if component == "final" else None
-            part = reduce_logits(z, y, top_k, n_vocab)
-            if component == "final":
-                policy.append((part["entropy"], row))
-            if policy:
-                entropy, row = policy[i]
-                part["kl"] = (
-                    (part["lse"] - (x.double() * row).sum(-1) / temperature - entropy)
-                    .clamp_min(0)
-                    .float()
-                )
-            parts.append(part)
-            if tick:
-                tick(len(y))
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
+    nan = torch.full(token.shape, torch.nan)
+    own = None
     H_L = None
-    if (
-        "final" in components
-    ):  # cosines and KL are taken against the end of the stream, so the end comes first
-        H_L = pick(model(ids))
-        final = unembed("final", model.norm(H_L))
-    names, columns = [], {}
-    for component, layer, h, write, base in states(model, ids, pick):
+    if "final" in components:
+        H_L = pick(model(ids[None]))  # the end comes first: cosines and KL are taken against it
+        own = lens("final", model.norm(H_L), token)
+    columns = defaultdict(list)
+    for component, layer, h, write, base in states(model, ids[None], pick):
         if component not in components or (layers and component in BLOCK and layer not in layers):
             continue
-        column = final if component == "final" else unembed(component, h)
+        column = own if component == "final" else lens(component, h, token)
         column["rms"] = h.float().square().mean(-1).sqrt()
-        nan = torch.full_like(column["rms"], torch.nan)
-        column["cos_resid"] = (
-            nan if write is None else torch.cosine_similarity(write.float(), base.float(), dim=-1)
-        )
-        column["cos_final"] = (
-            nan if H_L is None else torch.cosine_similarity(h.float(), H_L.float(), dim=-1)
-        )
-        column.setdefault("kl", nan)
-        names.append((component, layer))
+        column["cos_resid"] = nan if write is None else cosine(write, base)
+        column["cos_final"] = nan if H_L is None else cosine(h, H_L)
+        columns["component"].append(component)
+        columns["layer"].append(layer)
         for name, value in column.items():
-            columns.setdefault(name, []).append(
-                (value.int() if value.dtype == torch.long else value).cpu().numpy()
-            )
-    if not names:
-        raise ValueError("nothing to measure: no components were asked for")
-    prompt_len = torch.as_tensor(prompt_len).expand(len(ids))
+            columns[name].append(value.cpu().numpy())
     return {
-        "component": np.array([x for x, _ in names]),
-        "layer": np.array([l for _, l in names]),
-        "example": example.numpy(),
-        "position": (position - prompt_len[example]).numpy(),
-        "token": token.cpu().numpy(),
         **{name: np.stack(values) for name, values in columns.items()},
-        "meta": {
-            "vocab_size": c.vocab_size,
-            "n_layers": c.n_layers,
-            "n_vocab": n_vocab or c.vocab_size,
-            "norm": norm,
-            "temperature": temperature,
-            "dtype": str(model.unembedding.dtype).removeprefix("torch."),
-        },
+        "example": np.zeros(len(token), int),
+        "position": (position - prompt_len).cpu().numpy(),
+        "token": token.cpu().numpy(),
+        "meta": meta(lens),
     }
 
 
-def measure_all(model, sequences, max_tokens=None, seed=0, batch_tokens=4096, **options):
-    """`measure` over sequences [(ids, prompt_len), ...], padded into batches of about batch_tokens
-    tokens, as one table in their order.
+def cosine(a, b):
+    return F.cosine_similarity(a.float(), b.float(), dim=-1)
+
+
+def meta(lens):
+    """What a table's numbers depend on."""
+    c = lens.model.config
+    return {
+        "vocab_size": c.vocab_size,
+        "n_layers": c.n_layers,
+        "n_vocab": lens.n_vocab or c.vocab_size,
+        "norm": lens.norm,
+        "temperature": lens.temperature,
+        "dtype": str(lens.model.unembedding.dtype).removeprefix("torch."),
+    }
+
+
+def measure_all(model, sequences, max_tokens=None, seed=0, progress=None, **options):
+    """`measure` of each of the sequences [(ids, prompt_len), ...], as one table in their order.
 
     max_tokens  analyse at most so many response tokens: runs of 16 neighbours drawn at random by
                 seed, so that means have no preference for early tokens and a heat-map still reads
-
-    Other options go to `measure`.
+    progress    label of a progress bar; None shows none
     """
-    spans = [
-        (i, s, min(s + 16, len(ids)))
-        for i, (ids, p) in enumerate(sequences)
-        for s in range(p, len(ids), 16)
-    ]
-    if not spans:
-        raise DataError("no response tokens to analyse: every sequence ends where its prompt does")
-    if max_tokens is not None:
-        drawn, left = [], max_tokens
-        for k in np.random.default_rng(seed).permutation(len(spans)):
-            i, s, e = spans[k]
-            if left > 0:
-                drawn.append((i, s, min(e, s + left)))
-            left -= e - s
-        spans = sorted(drawn)
-    batches = []
-    for i in sorted({i for i, _, _ in spans}):
-        longest = max(len(sequences[j][0]) for j in [i, *(batches[-1] if batches else [])])
-        if batches and longest * (len(batches[-1]) + 1) <= batch_tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
+    runs = []
+    drawn = []
+    for i, (ids, prompt_len) in enumerate(sequences):
+        runs += [(i, s, min(s + 16, len(ids))) for s in range(prompt_len, len(ids), 16)]
+    for k in np.random.default_rng(seed).permutation(len(runs))[:max_tokens]:
+        i, start, end = runs[k]
+        drawn += [(i, t) for t in range(start, end)]
+    positions = defaultdict(list)
+    for i, t in sorted(drawn[:max_tokens]):
+        positions[i].append(t)
+    if not drawn:
+        raise DataError(NOTHING)
     tables = []
-    for batch in batches:
-        lengths = [len(sequences[i][0]) for i in batch]
-        ids, select = (
-            torch.zeros(len(batch), max(lengths), dtype=torch.long),
-            torch.zeros(len(batch), max(lengths), dtype=torch.bool),
-        )
-        for row, i in enumerate(batch):
-            ids[row, : lengths[row]] = torch.as_tensor(sequences[i][0])
-        for i, s, e in spans:
-            if i in batch:
-                select[batch.index(i), s:e] = True
-        tables.append(
-            measure(model, ids, [sequences[i][1] for i in batch], lengths, select=select, **options)
-        )
-        tables[-1]["example"] = np.array(batch)[tables[-1]["example"]]
+    for i, position in tqdm(positions.items(), progress, disable=None if progress else True):
+        tables.append(measure(model, *sequences[i], position=position, **options))
+        tables[-1]["example"] += i
     out = dict(tables[0])
-    for name in out.keys() - {
-        "component",
-        "layer",
-        "meta",
-    }:  # tokens are axis 0 of [M], axis 1 of [S,M] and [S,M,k]
-        out[name] = np.concatenate(
-            [table[name] for table in tables], axis=min(out[name].ndim - 1, 1)
-        )
+    for name in out.keys() - {"component", "layer", "meta"}:
+        axis = min(out[name].ndim - 1, 1)  # of tokens in [M], [S,M] and [S,M,k]
+        out[name] = np.concatenate([table[name] for table in tables], axis)
     return out
 
 
@@ -392,18 +339,17 @@ def entropy_change(table):
     The paper's three are on different scales and do not add up; the steps do: dH_attn_step +
     dH_mlp_step = dH_layer. Returns what the measured components allow. Raises ValueError when that
     is nothing, or when layers were left out."""
-    H = {name: pick(table, name) for name in dict.fromkeys(table["component"]) if name != "final"}
-    if any(len(x) != table["meta"]["n_layers"] for name, x in H.items() if name != "embed"):
-        raise ValueError("entropy changes need every layer: measure without `layers`")
+    L = table["meta"]["n_layers"]
     out = {}
+    H = {name: pick(table, name) for name in set(table["component"])}
+    if any(name in BLOCK and len(rows) < L for name, rows in H.items()):
+        raise ValueError("entropy changes need every layer: measure without `layers`")
     if "embed" in H and "resid_post" in H:
         out["H"] = np.concatenate([H["embed"], H["resid_post"]])
         H["resid_pre"] = out["H"][:-1]
-    out |= {
-        name: H[after] - H[before]
-        for name, (after, before) in CHANGES.items()
-        if after in H and before in H
-    }
+    for name, (after, before) in CHANGES.items():
+        if after in H and before in H:
+            out[name] = H[after] - H[before]
     if not out:
         raise ValueError("these components give no entropy change; mlp_in and mlp_out give dH_mlp")
     return out
@@ -422,19 +368,21 @@ def pattern(table, near_zero=0.02):
     share of layers that agree}. With a low fit the model does not show the pattern, whatever the
     ranges say."""
     d = entropy_change(table)["dH_mlp"].mean(-1)
-    small = near_zero * math.log(table["meta"]["vocab_size"])
-    up, down, L = d > small, d < -small, len(d)
-    best = None
+    moved = abs(d) > near_zero * math.log(table["meta"]["vocab_size"])
+    # 0, 1, 2: exploration, integration, convergence
+    stage = 1 - np.sign(d) * moved
+    L = len(d)
+    cuts = []
     for a in range(L + 1):
         for b in range(a, L + 1):
-            fit = int(up[:a].sum() + (~up & ~down)[a:b].sum() + down[b:].sum())
-            best = max(best or (-1,), (fit, float(d[:a].sum() - d[b:].sum()), a, b))
-    fit, _, a, b = best
+            agree = stage == np.repeat([0, 1, 2], [a, b - a, L - b])
+            cuts.append((agree.mean(), d[:a].sum() - d[b:].sum(), a, b))
+    fit, _, a, b = max(cuts)
     runs = {"exploration": (1, a), "integration": (a + 1, b), "convergence": (b + 1, L)}
-    return {
-        **{name: run if run[0] <= run[1] else None for name, run in runs.items()},
-        "fit": fit / L,
-    }
+    for name, (first, last) in runs.items():
+        if first > last:
+            runs[name] = None
+    return {**runs, "fit": float(fit)}
 
 
 def bupo_layer(table):
@@ -445,27 +393,23 @@ def bupo_layer(table):
     error in the evidence takes tokens as independent, which neighbours are not: it is a lower
     bound."""
     d = entropy_change(table)["dH_mlp"]
-    mean, n, L = d.mean(-1), d.shape[1], len(d)
-    curve = f"dH_mlp of layers 1 to {L}, mean over {n} tokens: " + " ".join(
-        f"{x:+.2f}" for x in mean
-    )
+    mean, (L, n) = d.mean(-1), d.shape
+    curve = " ".join(f"{x:+.2f}" for x in mean)
+    curve = f"dH_mlp of layers 1 to {L}, mean over {n} tokens: {curve}"
     rising = np.flatnonzero(mean[:-1] > 0) + 1
     if not len(rising):
         return None, f"no layer below {L} has dH_mlp > 0; {curve}"
     l = int(rising[-1])
-    error = d[l - 1].std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
+    own = mean[l - 1]
+    error = d[l - 1].std() / math.sqrt(max(n - 1, 1))
     text = (
-        f"layer {l} of {L} is the last below {L} with dH_mlp > 0: {mean[l - 1]:+.3f} nats "
-        f"(standard error at least {error:.3f}; "
-        f"positive at {(d[l - 1] > 0).mean():.0%} of tokens), layer {l + 1}: {mean[l]:+.3f}"
+        f"layer {l} of {L} is the last below {L} with dH_mlp > 0: {own:+.3f} nats (standard error "
+        f"at least {error:.3f}), layer {l + 1}: {mean[l]:+.3f}"
     )
-    if mean[l - 1] < 2 * error:
+    if own < 2 * error or n == 1:
         text += "; THIS IS WITHIN TWO STANDARD ERRORS OF ZERO: use more tokens, or choose by hand"
     if falls := l - len(rising):
-        text += (
-            f"; {falls} layers before it are not above 0, so the curve crosses it more than once: "
-            "look at it"
-        )
+        text += f"; {falls} layers before it are not above 0: the curve crosses 0 more than once"
     if mean[-1] > 0:
         text += f"; layer {L} does not converge either, so the rule says little about this model"
     return l, f"{text}; {curve}"
@@ -495,15 +439,15 @@ def watch(model, sequences, layer, max_tokens=512, seed=0, **options):
     """
     options = {"components": ("resid_post", "final"), "layers": [layer], "top_k": 0, **options}
     table = measure_all(model, sequences, max_tokens, seed, **options)
-    own, inner = (
-        (lambda name: float(pick(table, "final", name).mean())),
-        (lambda name: float(pick(table, "resid_post", name).mean())),
-    )
+
+    def mean(component, value):
+        return float(pick(table, component, value).mean())
+
     return {
-        "watch/perplexity": perplexity(own("logprob")),
-        "watch/entropy": own("entropy"),
-        "watch/layer_entropy": inner("entropy"),
-        "watch/layer_cos": inner("cos_final"),
+        "watch/perplexity": perplexity(mean("final", "logprob")),
+        "watch/entropy": mean("final", "entropy"),
+        "watch/layer_entropy": mean("resid_post", "entropy"),
+        "watch/layer_cos": mean("resid_post", "cos_final"),
     }
 
 
@@ -511,20 +455,40 @@ def perplexity(mean_logprob):
     return math.exp(min(-mean_logprob, 700))
 
 
-def response_logprob(model, ids, prompt_len, temperature=1.0):
-    """(logprob, ids [1,T], positions [M]): a function from H^L [1,T,D] to the mean log-prob of the
-    response tokens, and the positions whose states produced them."""
-    from grpo import token_logprobs  # here: the rest can be lifted out with model.py alone
+def failure_signs(rows, internal_steps=0):
+    """Known ways for BuPO to go wrong, in words ([] when none shows), from entropy.jsonl rows of
+    one run, step by step.
 
-    ids, _, t = response_rows(model, ids, prompt_len)
-    E = model.unembedding.detach()
-    ids, t = ids.to(E.device), t.to(E.device) - 1
-    token = ids[0, t + 1]
+    internal_steps: length of the internal phase. Perplexity is that of the fixed responses under
+    the model's own policy; neighbouring measured steps are compared, so that sparse steps see less.
+    """
+    signs = []
+    final = []
+    early = defaultdict(list)
+    for row in rows:
+        layer = row["paper_layer"]
+        if row["component"] == "final":
+            final.append((row["step"], perplexity(row["logprob_token"])))
+        elif row["component"] == "resid_post" and layer <= max(1, row["n_layers"] // 4):
+            early[layer].append(row["entropy_nats"])
+    for (a, before), (b, after) in pairwise(final):
+        if b <= internal_steps and after > 1.05 * before:
+            signs.append(
+                "internal phase too long: the whole policy's perplexity on these responses rises "
+                f"from {before:.4g} at step {a} to {after:.4g} at step {b}, inside the internal "
+                f"phase, which ends after step {internal_steps}; try fewer --bupo-steps"
+            )
+    lowest = [min(later, default=-math.inf) - first for first, *later in early.values()]
+    if lowest and min(lowest) > -0.01:
+        signs.append(
+            f"early layers do not sharpen: the entropy of layers 1 to {len(early)} never falls "
+            "below its first value"
+        )
+    return signs
 
-    def logprob(h):
-        return float(token_logprobs(model.norm(h[0, t]), E, token, temperature)[0].mean())
 
-    return logprob, ids, t
+# ----------------------------------------------------------------------------------------------
+# which writes carry a response
 
 
 def mean_write(write):
@@ -537,495 +501,82 @@ FILLS = {"zero": torch.zeros_like, "mean": mean_write}
 
 
 @torch.no_grad()
-def leave_out(model, ids, prompt_len, temperature=1.0, fills=FILLS):
-    """How much the response depends on each write: the change of its tokens' mean log-prob, in
-    nats, when one A^l or F^l is replaced at every token and all later blocks run again.
+def attribute(model, ids, prompt_len, temperature=1.0, fills=FILLS):
+    """Which writes carry a response: what happens to its tokens without each, and the share of each
+    in their logits. ids [T] and prompt_len as in `measure`; a dict of numpy [L] and of two floats.
 
-    fills: {name: what stands for a write [1,T,D]}. "zero" leaves the write out, "mean" puts its
-    mean over tokens there, and so takes away only what differs from token to token. Below 0 the
-    response is less likely without the write. 2 L forwards for each fill, half of their blocks
-    known already.
+    NAME_attn, NAME_mlp  change of the mean log-prob, nats, when one A^l or F^l is replaced at every
+                         token by fills[NAME](write [1,T,D]) and all later blocks run again. "zero"
+                         leaves it out; "mean" takes away only what differs from token to token.
+                         Below 0 the response is less likely without the write. 2 L forwards for
+                         each fill, half of their blocks known already
+    direct_attn, direct_mlp, direct_embed    direct logit attribution, exact: the write's own term
+                         A^l . E_token, scaled as the final norm scales H^L. The terms and the
+                         embedding's sum to the logit; they see no later block and no softmax
+    logprob              mean log-prob of the whole model
 
     Two changes are of two models, so changes do not add up to anything. What adds up, the integral
     of the log-prob's slope along writes scaled from 0 to 1 (integrated gradients, arXiv
-    1703.01365), is not computed here, because on a real model it does not converge: the embedding
-    alone is tiny (RMS 0.1 where H^L has 30, SmolLM2-135M), every norm blows it up, and nine tenths
-    of the log-prob accrue below 1 % of the way, through states that the model never has. Shares of
-    one response missed their sum by 14 % at 32 nodes and by 15 % at 128. A difference of two
-    forwards has no such error (in bfloat16 that of SmolLM2 is off by 0.005 nats in the median).
+    1703.01365), is not computed here, because on a real model it does not converge: nine tenths of
+    the log-prob accrue below 1 % of the way, through states that the model never has.
 
     The mean leaves out the first token, whose writes can be hundreds of times as large as all
     others (SmolLM2-135M: |F^12| is 25,058 there and 37 elsewhere), so that with it every token
     would get a part of the first one's write.
-
-    ids [T] and prompt_len as in `measure`. Returns a dict of numpy [L]: NAME_attn and NAME_mlp for
-    each fill; and the float `logprob`, of the whole model.
     """
-    logprob, ids, _ = response_logprob(model, ids, prompt_len, temperature)
-    L, angles, whole = model.config.n_layers, model.angles(ids), logprob(model(ids))
-    out = {f"{name}_{kind}": np.zeros(L) for name in fills for kind in ("attn", "mlp")}
-    for s in model.stream(ids):
-        block, later = model.blocks[s.layer - 1], model.blocks[s.layer :]
+    E = model.unembedding
+    ids = torch.as_tensor(ids, device=E.device)[None]
+    token = ids[0, prompt_len:]
+    at = slice(prompt_len - 1, -1)
+    H_L = model(ids)
+    angles = model.angles(ids)
+    scale = torch.rsqrt(H_L[0, at].float().square().mean(-1, keepdim=True) + model.config.norm_eps)
+    towards = model.norm.weight.float() * E[token].float() * scale / temperature  # [M,D]
+
+    def logprob(h, layer):
+        """Of the response, from H^layer."""
+        for block in model.blocks[layer:]:
+            h = block(h, angles, causal)
+        logprobs, _ = token_logprobs(model.norm(h[0, at]), E, token, temperature)
+        return float(logprobs.mean())
+
+    def share(write):
+        return float((write[0, at].float() * towards).sum(-1).mean())
+
+    out = defaultdict(list)
+    whole_model = logprob(H_L, model.config.n_layers)
+    for layer, pre, attn, mid, mlp, _ in model.stream(ids):
+        out["direct_attn"].append(share(attn))
+        out["direct_mlp"].append(share(mlp))
         for name, fill in fills.items():
-            mid = s.resid_pre + fill(s.attn_out)
-            without = {"attn": mid + block.mlp_out(mid), "mlp": s.resid_mid + fill(s.mlp_out)}
-            for kind, h in without.items():
-                for following in later:
-                    h = following(h, angles, causal)
-                out[f"{name}_{kind}"][s.layer - 1] = logprob(h) - whole
-    return {**out, "logprob": whole}
-
-
-@torch.no_grad()
-def direct(model, ids, prompt_len, temperature=1.0):
-    """Direct logit attribution: the share of each write in the logit of the tokens produced, exact.
-
-    It is the write's own term A^l . E_token, scaled as the final norm scales H^L; with the
-    embedding's the terms sum to the logit. It sees no later block and no softmax.
-
-    Returns a dict: direct_attn and direct_mlp, numpy [L], and direct_embed, nats a token.
-    """
-    _, ids, t = response_logprob(model, ids, prompt_len, temperature)
-    E, token = model.unembedding, ids[0, t + 1]
-    parts = {name: [] for name in ("embed", "attn_out", "mlp_out", "resid_post")}
-    for name, _, h, _, _ in states(model, ids, lambda h: h[0, t].float()):
-        if name in parts:
-            parts[name].append(h)
-    mean_square = parts["resid_post"][-1].square().mean(-1, keepdim=True)
-    towards = model.norm.weight.float() * E[token].float() / temperature  # [M,D]
-    towards = towards * torch.rsqrt(mean_square + model.config.norm_eps)
-    terms = {
-        name: np.array([float((h * towards).sum(-1).mean()) for h in hs])
-        for name, hs in parts.items()
-    }
-    return {
-        "direct_attn": terms["attn_out"],
-        "direct_mlp": terms["mlp_out"],
-        "direct_embed": float(terms["embed"][0]),
-    }
-
-
-def attribute(model, ids, prompt_len, temperature=1.0):
-    """Which writes carry a response: `leave_out` and `direct` in one dict."""
-    options = (model, ids, prompt_len, temperature)
-    return {**leave_out(*options), **direct(*options)}
+            h = pre + fill(attn)
+            h = h + model.blocks[layer - 1].mlp_out(h)
+            out[f"{name}_attn"].append(logprob(h, layer) - whole_model)
+            h = mid + fill(mlp)
+            out[f"{name}_mlp"].append(logprob(h, layer) - whole_model)
+    out = {name: np.array(values) for name, values in out.items()}
+    return {**out, "direct_embed": share(model.embed(ids)), "logprob": whole_model}
 
 
 # ----------------------------------------------------------------------------------------------
-# what is written: one row a state, one row a block, and every token in tokens.npz
-
-
-def summary(table, run="", step=None, model=None):
-    """Rows of entropy.jsonl: means over tokens of every state, quartiles where a mean misleads.
-
-    Layers count from 1, nats throughout. run: what the lines are called; model: what is measured,
-    when that is not `run` (a step of its training).
-    """
-    meta, rows = table["meta"], []
-    same = {
-        "run": run,
-        "step": step,
-        "model": model or run,
-        "norm": meta["norm"],
-        "temperature": meta["temperature"],
-        "dtype": meta["dtype"],
-        "ln_vocab": math.log(meta["vocab_size"]),
-        "n_layers": meta["n_layers"],
-        "tokens": len(table["token"]),
-    }
-    for s, (component, layer) in enumerate(zip(table["component"], table["layer"], strict=True)):
-
-        def mean(name, s=s):
-            x = float(table[name][s].mean())
-            return x if math.isfinite(x) else None
-
-        entropy, rank = (
-            np.percentile(table[name][s], (25, 50, 75)) for name in ("entropy", "rank")
-        )
-        rows.append(
-            {
-                **same,
-                "component": str(component),
-                "paper_layer": int(layer),
-                "entropy_nats": mean("entropy"),
-                **{
-                    f"entropy_nats_q{q}": float(x)
-                    for q, x in zip((25, 50, 75), entropy, strict=True)
-                },
-                "rms": mean("rms"),
-                "cos_resid": mean("cos_resid"),
-                "cos_final": mean("cos_final"),
-                "logprob_token": mean("logprob"),
-                **{f"rank_q{q}": float(x) for q, x in zip((25, 50, 75), rank, strict=True)},
-                "token_is_top1": float((table["rank"][s] == 1).mean()),
-                "logsumexp": mean("lse"),
-                "kl_to_final": mean("kl"),
-                "mass_unused": mean("unused"),
-            }
-        )
-    return rows
-
-
-def change_summary(table, run="", step=None):
-    """Rows of entropy_change.jsonl: for every block mean and quartiles of each change that the
-    table allows."""
-    try:
-        change = entropy_change(table)
-    except ValueError:
-        return []
-    change.pop("H", None)
-    rows = []
-    for l in range(table["meta"]["n_layers"]):
-        rows.append({"run": run, "step": step, "paper_layer": l + 1, "tokens": len(table["token"])})
-        for name, d in change.items():
-            q25, q75 = (float(x) for x in np.percentile(d[l], (25, 75)))
-            rows[-1] |= {
-                name: float(d[l].mean()),
-                f"{name}_q25": q25,
-                f"{name}_q75": q75,
-                f"{name}_positive": float((d[l] > 0).mean()),
-            }
-    return rows
-
-
-def failure_signs(rows, internal_steps=0):
-    """Known ways for BuPO to go wrong, in words ([] when none shows), from entropy.jsonl rows of
-    one run at several steps.
-
-    internal_steps: length of the internal phase. Perplexity is that of the fixed responses under
-    the model's own policy; neighbouring measured steps are compared, so that sparse steps see less.
-    """
-    signs, curves, nats = [], {}, "logprob_token"
-    for row in sorted((r for r in rows if r["step"] is not None), key=lambda r: r["step"]):
-        curves.setdefault((row["component"], row["paper_layer"]), []).append(row)
-    final = next((c for (name, _), c in curves.items() if name == "final"), [])
-    for a, b in zip(final, final[1:], strict=False):
-        if b["step"] <= internal_steps and a[nats] - b[nats] > math.log(1.05):
-            signs.append(
-                "internal phase too long: the whole policy's perplexity on these responses rises "
-                f"from {perplexity(a[nats]):.4g} at step {a['step']} to "
-                f"{perplexity(b[nats]):.4g} at step {b['step']}, inside the internal phase, which "
-                f"ends after step {internal_steps}; try fewer --bupo-steps"
-            )
-    early = [
-        c
-        for (name, l), c in curves.items()
-        if name == "resid_post" and l <= max(1, c[0]["n_layers"] // 4) and len(c) > 1
-    ]
-    if early and all(
-        min(x["entropy_nats"] for x in c[1:]) > c[0]["entropy_nats"] - 0.01 for c in early
-    ):
-        signs.append(
-            f"early layers do not sharpen: the entropy of layers 1 to {len(early)} never falls "
-            "below its first value"
-        )
-    return signs
-
-
-def print_table(rows, changes):
-    """entropy.jsonl and entropy_change.jsonl of one model for a terminal, a line a block:
-    entropies, and more about its H^l."""
-    cells = {(r["component"], r["paper_layer"]): r for r in rows}
-
-    def line(name, h, l=0):
-        change = changes[l - 1] if l and changes else {}
-        values = [
-            (h, "entropy_nats", ".3f"),
-            *((cells.get((w, l), {}), "entropy_nats", ".3f") for w in ("attn_out", "mlp_out")),
-            *((change, x, "+.3f") for x in ("dH_attn", "dH_mlp", "dH_layer")),
-            (h, "rms", ".3g"),
-            (h, "cos_final", ".3f"),
-            (h, "kl_to_final", ".3f"),
-            (h, "rank_q50", ".0f"),
-            (h, "token_is_top1", ".1%"),
-        ]
-        print(
-            f"{name:>6}"
-            + "".join(
-                f"{'' if row.get(key) is None else format(row[key], form):>9}"
-                for row, key, form in values
-            )
-        )
-
-    heads = "H(H^l) H(A^l) H(F^l) dH_attn dH_mlp dH_layer RMS cos(H^L) KL rank top-1"
-    print(" layer" + "".join(f"{head:>9}" for head in heads.split()))
-    for (name, l), row in cells.items():
-        if name in ("embed", "final"):
-            line(name, row)
-        elif (name, l) == next(k for k in cells if k[1] == l and k[0] in BLOCK):
-            line(l, cells.get(("resid_post", l), {}), l)
-
-
-# ----------------------------------------------------------------------------------------------
-# the command
-
-
-def parser():
-    def words(text):
-        return [w for w in re.split(r"[\s,]+", text) if w]
-
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = p.add_argument_group("what to analyse").add_argument
-    add(
-        "--model",
-        required=True,
-        metavar="NAME_OR_FOLDER",
-        help="model folder, preset or hub id; with --steps a run folder",
-    )
-    add(
-        "--steps",
-        type=words,
-        metavar="N,N",
-        help="checkpoints of the run to follow, on the same tokens; 0 is the model it started from",
-    )
-    add(
-        "--compare",
-        nargs="+",
-        default=[],
-        metavar="MODEL",
-        help="more models, on the same tokens (of the same vocabulary)",
-    )
-    add(
-        "--samples-file",
-        metavar="FILE",
-        help="responses to analyse: JSONL with prompt_ids and ids, a samples.jsonl",
-    )
-    add("--text", help="analyse this text instead, every token after the first")
-    add(
-        "--data",
-        default="math500",
-        metavar="NAME_OR_PATH",
-        help="else sample responses to these problems (default: math500)",
-    )
-    add(
-        "--limit",
-        type=natural,
-        default=8,
-        metavar="N",
-        help="problems, or rows of --samples-file (default: 8)",
-    )
-    add(
-        "--samples",
-        type=natural,
-        default=1,
-        metavar="S",
-        help="responses to sample per problem (default: 1)",
-    )
-    add(
-        "--system",
-        metavar="TEXT",
-        help="instruction around the question (default: the paper's; the tiny model was shown an "
-        "empty one)",
-    )
-    add(
-        "--max-new-tokens",
-        type=natural,
-        default=256,
-        metavar="M",
-        help="tokens a sampled response may have (default: 256)",
-    )
-    add(
-        "--max-tokens",
-        type=natural,
-        default=1024,
-        metavar="N",
-        help="response tokens to analyse, drawn if there are more (default: 1024)",
-    )
-    add = p.add_argument_group("how").add_argument
-    add(
-        "--components",
-        type=words,
-        default=COMPONENTS,
-        metavar="C,C",
-        help=f"of {', '.join(COMPONENTS)} (default: all)",
-    )
-    add(
-        "--norm",
-        choices=NORMS,
-        default="none",
-        help="of internal states: none is the paper, final the logit lens (default: none)",
-    )
-    add(
-        "--temperature",
-        type=float,
-        default=1.0,
-        metavar="T",
-        help="divides logits, here and in sampling (default: 1)",
-    )
-    add(
-        "--attribute",
-        type=whole,
-        default=0,
-        metavar="N",
-        help="for N responses: what leaving out each write does to their log-prob (4 L forwards "
-        "a response), and its direct share in the logit (default: 0)",
-    )
-    add(
-        "--chunk",
-        type=natural,
-        default=128,
-        metavar="N",
-        help="states unembedded at once, 8 V bytes each (default: 128)",
-    )
-    add("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of the weights (default: bfloat16 on a GPU, float32 on a CPU)",
-    )
-    add("--seed", type=whole, default=0, help="of sampling and thinning (default: 0)")
-    add = p.add_argument_group("output").add_argument
-    add(
-        "--out",
-        metavar="DIR",
-        help="folder for entropy.jsonl, entropy_change.jsonl, tokens.npz and figures "
-        "(default: out/decompose-MODEL, with the run of a step_000300 before it)",
-    )
-    add(
-        "--figures",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="draw them (default: yes)",
-    )
-    p.error = lambda message: p.exit(
-        2, f"decompose.py: {message}; see python decompose.py --help\n"
-    )
-    return p
-
-
-def label(name):
-    """A model's name for captions and folders: of a path its last part, but a hub cache's
-    repository, a run's model, and for a checkpoint (step_000300, warm-up) its run before it."""
-    path = Path(name)
-    if not path.is_dir():
-        return path.name or str(name)
-    path = path.resolve()
-    if path.parent.name == "snapshots":  # models--Qwen--Qwen3-4B/snapshots/COMMIT
-        return path.parents[1].name.rpartition("--")[2]
-    if path.name == "warm-up" or path.name.startswith("step_"):
-        return f"{plot.run_name(path.parent)}-{path.name}"
-    return plot.run_name(path)
-
-
-def folder_name(name):
-    """`label` as a part of a folder's name."""
-    return re.sub(r"[^A-Za-z0-9._-]", "-", label(name)).strip(".") or "model"
-
-
-def variants(args):
-    """{label: (step or None, folder)} of the models to measure; the first is the one that
-    samples."""
-    run = Path(args.model)
-    saved = {
-        int(p.parent.name[5:]): p.parent
-        for p in sorted(run.glob("step_*/config.json"))
-        if p.parent.name[5:].isdigit()
-    }
-    found = [(label(args.model), None, args.model)]
-    if args.steps:
-        if (run / "warm-up" / "config.json").is_file():
-            saved[0] = run / "warm-up"  # where the embedded default starts
-        elif (run / "config.json").is_file():
-            start = read_json(run / "config.json").get("model")
-            if isinstance(start, str):
-                saved[0] = start
-        if bad := [s for s in args.steps if not s.isdigit() or int(s) not in saved]:
-            raise ValueError(
-                f"--steps {bad[0]}: {run} has "
-                f"{', '.join(map(str, sorted(saved))) or 'no step_ folders'}"
-            )
-        found = [(f"step {int(s)}", int(s), saved[int(s)]) for s in args.steps]
-    elif saved:
-        raise ValueError(
-            f"{run} is a run, not a model: follow it with --steps 0,{max(saved)}, or give --model "
-            f"{saved[max(saved)]}"
-        )
-    found += [(label(m), None, m) for m in args.compare]
-    out = {}
-    for name, step, folder in found:
-        out[name if name not in out else f"{name} ({folder})"] = step, folder
-    return out
-
-
-def vocabulary(folder):
-    """{token: id} of the plain tokens in a folder's tokenizer.json; None without that file.
-    ValueError for a file that is no tokenizer."""
-    path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        return None
-    model = read_json(path).get("model")
-    if not isinstance(model, dict) or not isinstance(model.get("vocab"), (dict, list)):
-        raise ValueError(f"{path}: no vocabulary in it")
-    return model["vocab"]
-
-
-def same_vocabulary(models):
-    """ValueError when two of these models or folders have other vocabularies: the same ids would be
-    other texts. Control tokens may differ, as they do between a base model and its chat model.
-    Where there is no tokenizer.json the rows of the embeddings are compared."""
-    first, *others = models
-    for other in others:
-        folders = resolve(first), resolve(other)
-        known = [vocabulary(folder) for folder in folders]
-        if None in known:
-            known = [read_json(folder / "config.json").get("vocab_size") for folder in folders]
-        if known[0] != known[1]:
-            raise ValueError(
-                f"--compare {other}: its vocabulary is not that of {first}, the same ids would be "
-                "other texts; compare models of one tokenizer"
-            )
-
-
-def is_sample(row):
-    """Whether a row of a samples.jsonl has token ids to analyse."""
-    lists = row.get("prompt_ids"), row.get("ids")
-    if not all(isinstance(ids, list) for ids in lists) or not lists[0]:
-        return False
-    return all(plot.whole(i, 0, 2**31 - 1) for ids in lists for i in ids)
-
-
-def sequences_from(path, limit):
-    """[(ids, prompt_len)] of a samples.jsonl: its first `limit` responses that are not empty.
-
-    Lines that are no rows are left out and counted. DataError when there is no response at all.
-    """
-    try:
-        rows, skipped = plot.read_rows(path, is_sample)
-    except FileNotFoundError as e:
-        raise FileNotFoundError(f"{e}; eval.py and train.py write a samples.jsonl") from None
-    if skipped:
-        print(
-            f"{path}: {skipped} lines left out, without lists of token ids 'prompt_ids' and 'ids'"
-        )
-    out = [(r["prompt_ids"] + r["ids"], len(r["prompt_ids"])) for r in rows if r["ids"]]
-    if not out:
-        raise DataError(f"{path}: no responses in it")
-    return out[:limit]
+# where responses come from
 
 
 def sample(model, tokenizer, args):
     """Responses of the model to the first problems of --data: [(ids, prompt_len)]."""
-    from rollout import Sampler
-
     problems = load_problems(args.data, limit=args.limit)
-    system = {} if args.system is None else {"system": args.system}
-    prompts = [list(tokenizer.chat(p.question, **system)) for p in problems]
-    max_len = max(map(len, prompts)) + args.max_new_tokens
-    if max_len > model.config.max_len:
+    prompts = [list(tokenizer.chat(p.question, args.system)) for p in problems]
+    longest = max(map(len, prompts))
+    room = model.config.max_len
+    if longest + args.max_new_tokens > room:
         raise ValueError(
-            f"prompts of up to {max_len - args.max_new_tokens} tokens and --max-new-tokens "
-            f"{args.max_new_tokens} exceed the {model.config.max_len} tokens this model was made "
-            "for: lower --max-new-tokens"
+            f"prompts of up to {longest} tokens and --max-new-tokens {args.max_new_tokens} exceed "
+            f"the {room} tokens this model was made for: lower --max-new-tokens"
         )
-    sampler = Sampler(model, slots=min(16, len(prompts) * args.samples), max_len=max_len)
-    print(
-        f"sampling {len(prompts) * args.samples} responses of at most {args.max_new_tokens} tokens"
-    )
+    print(f"sampling {len(prompts)} responses of at most {args.max_new_tokens} tokens")
+    sampler = Sampler(model, min(16, len(prompts)), longest + args.max_new_tokens)
     groups = sampler.generate(
         prompts,
-        n=args.samples,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         stop_ids=tokenizer.stop_ids,
@@ -1034,167 +585,120 @@ def sample(model, tokenizer, args):
     )
     print(f"first prompt: {tokenizer.decode(prompts[0])!r}")
     print(f"first response: {tokenizer.decode(groups[0][0].ids)[:500]!r}")
-    return [
-        (prompt + list(s.ids), len(prompt))
-        for prompt, group in zip(prompts, groups, strict=True)
-        for s in group
-    ]
+    return [(p + list(one.ids), len(p)) for p, (one,) in zip(prompts, groups, strict=True)]
 
 
-def report(tables, rows, changes, internal_steps):
-    """Print what a person wants first: the table, the pattern, the layer that the paper's rule
-    picks, the failure signs."""
-    for name, table in tables.items():
-        mine, change, meta = (
-            [r for r in rows if r["run"] == name],
-            [r for r in changes if r["run"] == name],
-            table["meta"],
-        )
-        print(f"\n{name}: {len(table['token'])} response tokens, {plot.settings(mine[0])}")
-        print_table(mine, change)
-        if {"resid_post", "final"} <= set(table["component"]) and meta["norm"] == "none":
-            raw, own = (float(pick(table, x)[-1].mean()) for x in ("resid_post", "final"))
-            print(
-                f"the model's own policy (normed): {own:.3f} nats; un-normed H^L, the last point "
-                f"of the paper's code: {raw:.3f}"
-            )
-        if change and "dH_mlp" in change[0]:
-            stages = pattern(table)
-            runs = [
-                f"{x} {'-'.join(map(str, stages[x] or ('none',)))}"
-                for x in ("exploration", "integration", "convergence")
-            ]
-            print(f"pattern of dH_mlp: {', '.join(runs)}; {stages['fit']:.0%} of the layers agree")
-            layer, evidence = bupo_layer(table)
-            print(f"the paper's rule for BuPO's layer: {evidence}")
-            if layer:
-                print(
-                    f"  layer {layer} = Hugging Face hidden_states[{layer}] = "
-                    f"TransformerLens blocks.{layer - 1}.hook_resid_post"
-                )
-    for sign in failure_signs(rows, internal_steps):
-        print(f"WARNING: {sign}")
+def is_sample(row):
+    """Whether a row of a samples.jsonl has token ids to analyse."""
+    prompt = row.get("prompt_ids")
+    ids = row.get("ids")
+    if not (isinstance(prompt, list) and isinstance(ids, list) and prompt):
+        return False
+    return all(type(i) is int and 0 <= i < 2**31 for i in prompt + ids)
 
 
-def check(args):
-    """Refuse what can be refused before anything is loaded; returns {label: (step or None, folder)}
-    of the models and the folder to write into."""
-    if bad := set(args.components) - set(COMPONENTS):
-        raise ValueError(f"--components: no {min(bad)}; there are {', '.join(COMPONENTS)}")
-    if not 0 < args.temperature < math.inf:
-        raise ValueError(f"--temperature {args.temperature} must be a number above 0")
-    if not args.data:
-        raise ValueError("--data names no problems: give a named set or a file")
-    out = Path(args.out or f"out/decompose-{folder_name(args.model)}")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; name a folder")
-    models = variants(args)
-    same_vocabulary([next(iter(models.values()))[1], *args.compare])
-    return models, out
+def sequences_from(path, limit):
+    """[(ids, prompt_len)] of a samples.jsonl: its first `limit` responses that are not empty.
+
+    Lines that are no rows are left out and counted. DataError when there is no response at all.
+    """
+    rows, skipped = read_rows(path, is_sample)
+    if skipped:
+        print(f"{path}: {skipped} lines left out, without token ids 'prompt_ids' and 'ids'")
+    out = [(r["prompt_ids"] + r["ids"], len(r["prompt_ids"])) for r in rows if r["ids"]]
+    if not out:
+        raise DataError(f"{path}: no responses in it")
+    return out[:limit]
 
 
-def analyse(args):
-    """The command: model, responses, measurement, report, files, figures."""
-    models, out = check(args)
-    device = torch.device(pick_device(args.device))
-    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    model = load_model(next(iter(models.values()))[1], dtype, device)
-    from plumbing import tokenizer as tokenizers
+# ----------------------------------------------------------------------------------------------
+# what is written: one row a state, one row a block, and every token in tokens.npz
 
-    tokenizer = None
-    try:
-        tokenizer = tokenizers.load_tokenizer(model.folder)
-    except (ValueError, OSError) as e:
-        if not args.samples_file:
-            raise
-        print(f"figures will show token ids, not texts: {e}")
-    if args.samples_file:
-        sequences = sequences_from(args.samples_file, args.limit)
-    elif args.text is not None:
-        sequences = [(list(tokenizer.encode(args.text)), 1)]
-    else:
-        sequences = sample(model, tokenizer, args)
-
-    tables, rows, changes, attributions = {}, [], [], []
-    for name, (step, folder) in models.items():
-        if tables:
-            del model  # before the next one takes its place
-            model = load_model(folder, dtype, device)
-        tables[name] = measure_shown(model, sequences, args, name, tokenizer)
-        attributions += attributed(model, sequences[: args.attribute], args, name, step)
-        about = label(args.model) if step is not None else None
-        rows += summary(tables[name], name, step, about)
-        changes += change_summary(tables[name], name, step)
-    report(tables, rows, changes, internal_steps(args.model) if args.steps else 0)
-    write(out, tables, rows, changes, attributions, tokenizer)
-    if args.figures:
-        for path in plot.folder(out):
-            print(f"wrote {path}")
+# column of the table: what its mean over tokens is called in entropy.jsonl
+MEANS = {
+    "entropy": "entropy_nats",
+    "rms": "rms",
+    "cos_resid": "cos_resid",
+    "cos_final": "cos_final",
+    "logprob": "logprob_token",
+    "lse": "logsumexp",
+    "kl": "kl_to_final",
+    "unused": "mass_unused",
+}
 
 
-def measure_shown(model, sequences, args, name, tokenizer):
-    """`measure_all` as the flags say, with a progress bar."""
-    n_tokens = min(args.max_tokens, sum(len(ids) - p for ids, p in sequences))
-    n_states = sum(model.config.n_layers if c in BLOCK else 1 for c in set(args.components))
-    shown = dict(total=n_tokens * n_states, unit="state", unit_scale=True, desc=name, disable=None)
-    with tqdm(**shown) as bar:
-        return measure_all(
-            model,
-            sequences,
-            args.max_tokens,
-            args.seed,
-            components=args.components,
-            norm=args.norm,
-            temperature=args.temperature,
-            chunk=args.chunk,
-            n_vocab=tokenizer and tokenizer.n_vocab,
-            tick=bar.update,
-        )
+def quartiles(name, values, percents=(25, 50, 75)):
+    return {f"{name}_q{q}": float(np.percentile(values, q)) for q in percents}
 
 
-def attributed(model, sequences, args, name, step):
-    """Rows of attribution.jsonl: `attribute` of each sequence that has a response."""
+def state_rows(table, about):
+    """Rows of entropy.jsonl: means over tokens of every state, quartiles where a mean misleads.
+
+    Layers count from 1, nats throughout. about: what all rows hold.
+    """
     rows = []
-    for i, (ids, p) in enumerate(tqdm(sequences, desc="attribution", disable=None)):
-        if len(ids) == p:
-            continue
-        found = attribute(model, ids, p, args.temperature)
-        lists = {key: v.tolist() if isinstance(v, np.ndarray) else v for key, v in found.items()}
-        about = {"run": name, "step": step, "example_id": i, "tokens": len(ids) - p}
-        rows.append({**about, **lists})
+    meta = table["meta"]
+    about = {**about, **meta, "ln_vocab": math.log(meta["vocab_size"])}
+    for s, component in enumerate(table["component"]):
+        row = {**about, "component": str(component), "paper_layer": int(table["layer"][s])}
+        for column, name in MEANS.items():
+            mean = float(table[column][s].mean())
+            row[name] = mean if math.isfinite(mean) else None
+        row |= quartiles("entropy_nats", table["entropy"][s])
+        row |= quartiles("rank", table["rank"][s])
+        row["token_is_top1"] = float((table["rank"][s] == 1).mean())
+        rows.append(row)
     return rows
 
 
-def internal_steps(run):
-    """The last step of a run's internal phases, by its metrics.jsonl; 0 without."""
-    path = Path(run) / "metrics.jsonl"
-    rows = plot.read_rows(path, plot.is_metrics)[0] if path.is_file() else []
-    phases = plot.internal_phases(sorted(rows, key=lambda row: row["step"]))
-    return max((last for _, last, _ in phases), default=0)
+def change_rows(table, about):
+    """Rows of entropy_change.jsonl: for every block mean and quartiles of each change that the
+    table allows."""
+    try:
+        changes = entropy_change(table)
+    except ValueError:
+        return []
+    rows = []
+    for l in range(table["meta"]["n_layers"]):
+        row = {**about, "paper_layer": l + 1}
+        for name in CHANGES:
+            if name not in changes:
+                continue
+            d = changes[name][l]
+            row[name] = float(d.mean())
+            row[f"{name}_positive"] = float((d > 0).mean())
+            row |= quartiles(name, d, (25, 75))
+        rows.append(row)
+    return rows
 
 
-def write(out, tables, rows, changes, attributions, tokenizer):
-    """All that figures need: entropy.jsonl, entropy_change.jsonl, attribution.jsonl, and tokens.npz
-    (tokens-2.npz for a second model)."""
+def attribution_rows(model, sequences, about, temperature):
+    """Rows of attribution.jsonl: `attribute` of each sequence that has a response."""
+    rows = []
+    for i, (ids, prompt_len) in enumerate(tqdm(sequences, "attribution", disable=None)):
+        if len(ids) > prompt_len:
+            row = {**about, "example_id": i, "tokens": len(ids) - prompt_len}
+            for name, values in attribute(model, ids, prompt_len, temperature).items():
+                row[name] = np.asarray(values).tolist()
+            rows.append(row)
+    return rows
+
+
+def write(out, files, tables, tokenizer):
+    """Rows {"entropy.jsonl": rows, ...} and tables {run: table} as tokens.npz, tokens-2.npz, ...,
+    with the texts of their token ids. What an earlier analysis left goes."""
     out.mkdir(parents=True, exist_ok=True)
-    files = {
-        "entropy.jsonl": rows,
-        "entropy_change.jsonl": changes,
-        "attribution.jsonl": attributions,
-    }
     for stale in [*out.glob("tokens*.npz"), *(out / name for name in files)]:
         stale.unlink(missing_ok=True)
-    for name, content in files.items():
-        if content:
-            (out / name).write_text("".join(json.dumps(r) + "\n" for r in content))
-    for k, (name, table) in enumerate(tables.items(), 1):
-        ids = np.unique(np.concatenate([table["token"], table["top_ids"].ravel()]))
-        np.savez_compressed(
-            out / ("tokens.npz" if k == 1 else f"tokens-{k}.npz"),
-            text_ids=ids,
-            text=np.array([token_text(tokenizer, int(i)) for i in ids]),
-            **{**table, "meta": np.array(json.dumps({**table["meta"], "run": name}))},
-        )
+    for name, rows in files.items():
+        if rows:
+            (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for k, (run, table) in enumerate(tables.items(), 1):
+        ids = np.unique([*table["token"], *table["top_ids"].flat])
+        texts = [token_text(tokenizer, int(i)) for i in ids]
+        meta = json.dumps({**table["meta"], "run": run})
+        table = {**table, "meta": meta, "text_ids": ids, "text": texts}
+        np.savez_compressed(out / ("tokens.npz" if k == 1 else f"tokens-{k}.npz"), **table)
 
 
 def token_text(tokenizer, i):
@@ -1206,8 +710,236 @@ def token_text(tokenizer, i):
     return text.replace("\0", "\\x00")
 
 
+# ----------------------------------------------------------------------------------------------
+# what is printed: a line a block, then what the paper's rules make of it
+
+# heading, component ("change": of entropy_change.jsonl), key and format
+CELLS = (
+    ("H(H^l)", "resid_post", "entropy_nats", ".3f"),
+    ("H(A^l)", "attn_out", "entropy_nats", ".3f"),
+    ("H(F^l)", "mlp_out", "entropy_nats", ".3f"),
+    ("dH_attn", "change", "dH_attn", "+.3f"),
+    ("dH_mlp", "change", "dH_mlp", "+.3f"),
+    ("dH_layer", "change", "dH_layer", "+.3f"),
+    ("RMS", "resid_post", "rms", ".3g"),
+    ("cos(H^L)", "resid_post", "cos_final", ".3f"),
+    ("KL", "resid_post", "kl_to_final", ".3f"),
+    ("rank", "resid_post", "rank_q50", ".0f"),
+    ("top-1", "resid_post", "token_is_top1", ".1%"),
+)
+
+
+def print_table(rows, changes):
+    """entropy.jsonl and entropy_change.jsonl of one model for a terminal."""
+    lines = defaultdict(dict)  # {"embed", 1 .. L, "final": {component: row}}
+    for row in rows:
+        if row["component"] in ("embed", "final"):
+            lines[row["component"]]["resid_post"] = row
+        else:
+            lines[row["paper_layer"]][row["component"]] = row
+    for row in changes:
+        lines[row["paper_layer"]]["change"] = row
+    print(" layer" + "".join(f"{heading:>9}" for heading, *_ in CELLS))
+    for name, cells in lines.items():
+        line = f"{name:>6}"
+        for _, component, key, form in CELLS:
+            value = cells.get(component, {}).get(key)
+            line += f"{'' if value is None else format(value, form):>9}"
+        print(line)
+
+
+def report(table, rows, changes):
+    """Print what a person wants first: the table, the pattern, the layer that the paper's rule
+    picks."""
+    about = rows[0]
+    print(f"\n{about['run']}: {about['tokens']} response tokens, {figures.settings(about)}")
+    print_table(rows, changes)
+    print("final is normed, the model's own policy; the paper's code ends with the un-normed H^L")
+    if changes and "dH_mlp" in changes[0]:
+        stages = pattern(table)
+        fit = stages.pop("fit")
+        said = ", ".join(f"{stage} {run or 'none'}" for stage, run in stages.items())
+        print(f"pattern of dH_mlp: {said}; {fit:.0%} of the layers agree")
+        layer, evidence = bupo_layer(table)
+        print(f"the paper's rule for BuPO's layer: {evidence}")
+        if layer:
+            print(
+                f"  layer {layer} = Hugging Face hidden_states[{layer}] = "
+                f"TransformerLens blocks.{layer - 1}.hook_resid_post"
+            )
+
+
+# ----------------------------------------------------------------------------------------------
+# the command
+
+
+def components(text):
+    """argparse type: some of COMPONENTS."""
+    if bad := set(text.split(",")) - set(COMPONENTS):
+        raise argparse.ArgumentTypeError(f"no {min(bad)}; there are {', '.join(COMPONENTS)}")
+    return text.split(",")
+
+
+def steps(text):
+    """argparse type: steps of a run."""
+    return sorted(whole(step) for step in text.split(","))
+
+
+FLAGS = {  # name, type or choices, default, metavar, help
+    "what to analyse": (
+        ("--model", str, None, "MODEL", "model folder, preset or hub id; with --steps a run"),
+        ("--steps", steps, None, "N,N", "checkpoints of the run, on the same tokens; 0: its start"),
+        ("--samples-file", str, None, "FILE", "responses to analyse: a samples.jsonl"),
+        ("--text", str, None, "TEXT", "analyse this text instead, every token after the first"),
+        ("--data", given, "math500", "DATA", "else sample responses to these problems"),
+        ("--limit", natural, 8, "N", "problems, or rows of --samples-file"),
+        ("--system", str, SYSTEM, "TEXT", "instruction before the question; '' for the tiny model"),
+        ("--max-new-tokens", natural, 256, "N", "tokens a sampled response may have"),
+        ("--max-tokens", natural, 1024, "N", "response tokens to analyse, drawn if there are more"),
+    ),
+    "how": (
+        ("--components", components, COMPONENTS, "C,C", "states to unembed"),
+        ("--norm", NORMS, "none", None, "of internal states: none is the paper, final the lens"),
+        ("--temperature", positive, 1.0, "T", "divides logits, here and in sampling"),
+        ("--attribute", whole, 0, "N", "responses to leave writes out of, 4 L forwards each"),
+        ("--device", str, "auto", "NAME", "cpu, cuda, cuda:1; auto: a GPU if there is one"),
+        ("--dtype", DTYPES, None, None, "of the weights: bfloat16 on a GPU, else float32"),
+        ("--seed", whole, 0, "N", "of sampling and thinning"),
+    ),
+    "output": (
+        ("--out", str, None, "DIR", "folder of rows and figures, if not out/decompose-MODEL"),
+    ),
+}
+
+
+def parser():
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for title, flags in FLAGS.items():
+        group = p.add_argument_group(title)
+        for name, kind, default, metavar, help in flags:
+            group.add_argument(
+                name,
+                type=str if isinstance(kind, tuple) else kind,
+                choices=kind if isinstance(kind, tuple) else None,
+                default=default,
+                metavar=metavar,
+                help=help + (" (default: %(default)s)" if default else ""),
+                required=name == "--model",
+            )
+    p.add_argument("--compare", nargs="+", default=[], help="more models, on the same tokens")
+    p.add_argument("--no-figures", dest="figures", action="store_false", help="draw none")
+    return p
+
+
+def models_of(args):
+    """{label: (step or None, folder)} of the models to measure; the first is the one that
+    samples."""
+    saved = checkpoints(args.model)
+    found = [(label(args.model), None, args.model)]
+    if args.steps:
+        if bad := set(args.steps) - set(saved):
+            there = ", ".join(map(str, sorted(saved))) or "no step_ folders"
+            raise ValueError(f"--steps {min(bad)}: {args.model} has {there}")
+        found = [(f"step {step}", step, saved[step]) for step in args.steps]
+    elif last := max(saved, default=0):
+        raise ValueError(
+            f"{args.model} is a run, not a model: follow it with --steps 0,{last}, or give --model "
+            f"{saved[last]}"
+        )
+    out = {}
+    for name, step, folder in found + [(label(model), None, model) for model in args.compare]:
+        out[f"{name} ({folder})" if name in out else name] = step, folder
+    return out
+
+
+def vocabulary(folder):
+    """What token ids mean: the plain tokens of tokenizer.json, for control tokens may differ, as
+    they do between a base model and its chat model; without that file how many ids there are."""
+    path = resolve(folder) / "tokenizer.json"
+    if not path.is_file():
+        return read_json(path.with_name("config.json")).get("vocab_size")
+    model = read_json(path).get("model")
+    if not isinstance(model, dict) or "vocab" not in model:
+        raise ValueError(f"{path}: no vocabulary in it")
+    return model["vocab"]
+
+
+def check(args):
+    """Refuse what can be refused before anything is loaded; returns {label: (step or None, folder)}
+    of the models and the folder to write into."""
+    out = Path(args.out or f"out/decompose-{folder_name(args.model)}")
+    if out.is_file():
+        raise ValueError(f"--out {out} is a file; name a folder")
+    models = models_of(args)
+    _, first = next(iter(models.values()))
+    for other in args.compare:
+        if vocabulary(other) != vocabulary(first):
+            raise ValueError(
+                f"--compare {other}: its vocabulary is not that of {first}, the same ids would be "
+                "other texts; compare models of one tokenizer"
+            )
+    return models, out
+
+
+def responses(args, model):
+    """The sequences to analyse, and the tokenizer: None where stored ids do without."""
+    try:
+        tokenizer = load_tokenizer(model.folder)
+    except (ValueError, OSError) as e:
+        if not args.samples_file:
+            raise
+        print(f"figures will show token ids, not texts: {e}")
+        tokenizer = None
+    if args.samples_file:
+        sequences = sequences_from(args.samples_file, args.limit)
+    elif args.text is not None:
+        sequences = [(list(tokenizer.encode(args.text)), 1)]
+    else:
+        sequences = sample(model, tokenizer, args)
+    return sequences, tokenizer
+
+
 def main(argv=None):
-    analyse(parser().parse_args(argv))
+    """Models, responses, then measurement and report of each model, files and figures of all."""
+    args = parser().parse_args(argv)
+    models, out = check(args)
+    device = torch.device(pick_device(args.device))
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    tables = {}
+    files = defaultdict(list)
+    for name, (step, folder) in models.items():
+        model = None  # room for the next one
+        model = load_model(folder, dtype, device)
+        if not tables:
+            sequences, tokenizer = responses(args, model)
+        tables[name] = table = measure_all(
+            model,
+            sequences,
+            args.max_tokens,
+            args.seed,
+            progress=name,
+            components=args.components,
+            norm=args.norm,
+            temperature=args.temperature,
+            n_vocab=tokenizer and tokenizer.n_vocab,
+        )
+        measured = name if step is None else label(args.model)
+        about = {"run": name, "step": step, "model": measured, "tokens": len(table["token"])}
+        rows = state_rows(table, about)
+        changes = change_rows(table, about)
+        report(table, rows, changes)
+        files["entropy.jsonl"] += rows
+        files["entropy_change.jsonl"] += changes
+        some = sequences[: args.attribute]
+        files["attribution.jsonl"] += attribution_rows(model, some, about, args.temperature)
+    if args.steps:
+        followed = [row for row in files["entropy.jsonl"] if row["step"] is not None]
+        last = internal_steps(args.model, model.config.n_layers)
+        for sign in failure_signs(followed, last):
+            print(f"WARNING: {sign}")
+    write(out, files, tables, tokenizer)
+    if args.figures:
+        figures.draw(out)
 
 
 if __name__ == "__main__":

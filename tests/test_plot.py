@@ -4,11 +4,15 @@ counted, mistakes end in one line."""
 import json
 import math
 import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from plumbing.figures import draw
 from tools import plot
 
 
@@ -598,3 +602,28 @@ def test_a_file_in_place_of_the_folder(tmp_path, capsys):
     jsonl(tmp_path / "metrics.jsonl", metric_rows(3, 1))
     assert "give a folder" in ends_in_one_line(tmp_path / "metrics.jsonl", capsys, 2)
     assert "give a folder" in ends_in_one_line(tmp_path / "nowhere", capsys, 2)
+
+
+def test_a_folder_is_drawn_by_a_process_of_its_own(tmp_path, capsys, monkeypatch):
+    """From any working directory; what fails there is a line, and never an error here."""
+    (tmp_path / "run").mkdir()
+    jsonl(tmp_path / "run" / "metrics.jsonl", metric_rows(3, 1))
+    monkeypatch.chdir(tmp_path)
+    draw("run")
+    said = capsys.readouterr()
+    assert said.out == "wrote run/training.png\nwrote run/training.svg\n" and not said.err
+    assert is_picture(tmp_path / "run" / "training.png")
+    (tmp_path / "run" / "metrics.jsonl").write_text("torn")
+    draw(tmp_path / "run")
+    said = capsys.readouterr()
+    assert not said.out and len(said.err.splitlines()) == 1
+    assert "figures not drawn (plot.py: " in said.err and "none of its 1 lines" in said.err
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+    draw("run")
+    assert "run: figures not drawn (" in capsys.readouterr().err
+
+
+def test_drawing_needs_no_torch():
+    code = "import sys, tools.plot; sys.exit('torch' in sys.modules)"
+    root = Path(plot.__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
