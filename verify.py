@@ -80,10 +80,9 @@ def grade(response, gold):
     if answer is None:
         return Verdict(False, None, "no answer")
     reason = judge(answer, gold)
-    if not reason.startswith("equal"):
-        parts = boxes(response)
-        if equal_set(parts, gold):
-            answer, reason = ", ".join(parts), "equal: set"
+    parts = [] if reason.startswith("equal") else boxes(response)
+    if equal_set(parts, gold):
+        return Verdict(True, ", ".join(parts), "equal: set")
     return Verdict(reason.startswith("equal"), answer, reason)
 
 
@@ -101,9 +100,9 @@ def equal(answer, gold):
 # ---------------------------------------------------------------- extraction
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s{0,100}")
-BRACE = re.compile(r"\\.|[{}]", re.S)  # \{ and \} do not nest
-CUE = re.compile(r"answer\W{0,8}?(?:is\b|:)[\s:*]*", re.I)
-MATH = re.compile(r"\$+((?:[^$\\]|\\.)+)\$|\\[(\[](.+?)\\[)\]]", re.S)
+BRACE = re.compile(r"(?s)\\.|[{}]")  # \{ and \} do not nest
+CUE = re.compile(r"(?i)answer\W{0,8}?(?:is\b|:)[\s:*]*")
+FORMULA = r"(?:\$+((?:[^$\\]|\\.)+)\$|\\[(\[](.+?)\\[)\]])"
 NUMBER = re.compile(
     r"(?:(?<![\w)}])-)?"
     r"(?:\\[dt]?frac\{-?[0-9]+\}\{[0-9]+\}|\.?[0-9](?:,?[0-9])*(?:\.[0-9]+)?(?:/[0-9]+)?)"
@@ -113,21 +112,18 @@ SENTENCE_END = re.compile(r"(?<! is)(?<!:)\n|[.!](?=\s|\*|$)|\s+I hope\b")
 ASIDE = re.compile(r",?\s+(?:where|which|since|because)\b")
 IS = re.compile(r"\b(?:is|are|be|equals?|equal to)\b[\s:*]*(?=[$\\(\[{]|[-+]?\.?[0-9])")
 HEDGED = re.compile(
-    r"\b(?:not|cannot|never|neither|no|at most|at least|below|above|\w+ than)\b|n't", re.I
+    r"(?i)\b(?:not|cannot|never|neither|no|at most|at least|below|above|\w+ than)\b|n't"
 )
-FORMULAS = re.compile(
-    rf"(?:{MATH.pattern})(?:\s*(?:,\s*and|,\s*or|,|;|and|or)\s*(?:{MATH.pattern}))*", re.S
-)
+FORMULAS = re.compile(rf"(?s){FORMULA}(?:\s*(?:,\s*and|,\s*or|,|;|and|or)\s*{FORMULA})*")
+MATH = re.compile("(?s)" + FORMULA)
 VERB = re.compile(r"\s*(?:[:=]|(?:is|are|equals?|must|can|has|have|will|should|would)\b)")
 FULL_STOP = re.compile(r"[.!?](?=[\s$*)\\]|$)")  # between the boxes of two sentences
 LABEL = re.compile(r"(?<![A-Za-z\\])([A-Za-z](?:_\w|_\{\w+\})?)\s*=[\s$]*$")
-NOT = re.compile(r"\b(?:not|neither|nor|never)[\s$(\\]*$", re.I)
-LINK = re.compile(r"[,;&]|\b(?:and|or)\b")
-# words that take the box before them back, or go on from it to another
-TAKEN_BACK = re.compile(
-    r"\b(?:not?|nor|wait|but|instead|rather|actually|correct\w*|wrong|sorry|mistake|so|thus|hence"
-    r"|therefore|then|after|finally|becomes?|which)\b",
-    re.I,
+NOT = re.compile(r"(?i)\b(?:not|neither|nor|never)[\s$(\\]*$")
+# what stands between the boxes of a list: no words that take the one before back or go on from it
+JOINT = re.compile(
+    r"(?is)(?!.*\b(?:not?|nor|wait|but|instead|rather|actually|correct\w*|wrong|sorry|mistake|so|thus"
+    r"|hence|therefore|then|after|finally|becomes?|which)\b)(?=.*(?:[,;&]|\b(?:and|or)\b)).{0,100}"
 )
 
 
@@ -154,16 +150,15 @@ def extract(response):
 def stated(text):
     """The answer that stands in the text after a cue (policy 3)."""
     opening, end = formulas(text)
-    if opening and not (is_variable(opening) and VERB.match(text, end)):
+    if opening and not VERB.match(text, end):
         return opening
     sentence = SENTENCE_END.split(text, maxsplit=1)[0]
     main = ASIDE.split(sentence, maxsplit=1)[0]
     if re.match(r"[-+]?\.?[0-9]", main) or LEAD.match(main) or CHOICE.fullmatch(main):
         return main
-    for part in (main, sentence):
-        *verbs, after = IS.split(part)
-        if verbs:
-            return formulas(after)[0] or after
+    *verbs, after = IS.split(main)
+    if verbs:
+        return formulas(after)[0] or after
     inline = [m[1] or m[2] for m in MATH.finditer(sentence)]
     if not inline or HEDGED.search(sentence):
         return sentence
@@ -213,12 +208,7 @@ def boxes(response):
             between = text[end:right]
             if end > right or FULL_STOP.search(between):
                 break
-            if (
-                len(found) == 64
-                or len(between) > 100
-                or not LINK.search(between)
-                or TAKEN_BACK.search(between)
-            ):
+            if len(found) == 64 or not JOINT.fullmatch(between):
                 return []
         before = text[max(0, start - 40) : start]
         if content is None or NOT.search(before):
@@ -232,14 +222,14 @@ def boxes(response):
 # ---------------------------------------------------------------- cleaning
 
 UNICODE = str.maketrans("−–—×·⋅∗÷，⟨⟩（）′’", "---****/,()()''", "€£¥¢")
-SIGNS = (
+LETTERS = (
     r"≤ \le ≥ \ge ≠ \ne ± \pm ∞ \infty ∪ \cup ∈ \in ∅ \emptyset ≈ \approx √ \sqrt ∖ \setminus "
     r"ℝ \mathbb{R} ℤ \mathbb{Z} ℕ \mathbb{N} ℚ \mathbb{Q} ℂ \mathbb{C} ² ^{2} ³ ^{3} ⁴ ^{4} ⁿ ^{n} "
     r"₀ _0 ₁ _1 ₂ _2 ₃ _3 ½ \frac{1}{2} ¼ \frac{1}{4} ¾ \frac{3}{4} α \alpha β \beta γ \gamma "
     r"δ \delta ε \epsilon θ \theta λ \lambda μ \mu π \pi ρ \rho σ \sigma τ \tau φ \phi ω \omega "
     r"Δ \Delta Γ \Gamma"
 ).split()
-for sign, macro in zip(SIGNS[::2], SIGNS[1::2], strict=True):
+for sign, macro in zip(LETTERS[::2], LETTERS[1::2], strict=True):
     UNICODE[ord(sign)] = macro + " "
 NOTHING = (
     r"\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \biggl \biggr \displaystyle "
@@ -281,7 +271,7 @@ def untext(m):
     r"""What is left of one \text{...}: prose between two marks, a plain letter, or the name of a
     function."""
     content = m[2].strip()
-    if m[1] in FONTS.split("|") or content in ("e", "i", "d"):
+    if m[1] in FONTS or content in ("e", "i", "d"):
         return content
     return f"\\{content} " if content in FUNCTIONS else f"\x02{m[2]}\x03"
 
@@ -296,11 +286,7 @@ def table(*rows):
 
 MARKUP = table(
     (r"\\(?:left|right)\s*\.|\\(?:text)?color\{[a-z]*\}", ""),
-    (r"\\mathcal\s*\{?O\}?", "O"),
-    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
     (r"\\\{\s*\\\}", r"\\emptyset "),
-    (r",\\!\s*", ","),
-    (r"(?<=[0-9])\\,(?=[0-9]{3})", ""),
     (r"\\(?:[A-Za-z]+|.)", lambda m: MACROS.get(m[0], m[0])),
     (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})", "°"),
     (r"\\begin\{[pbB]?(?:matrix|array)\}(?:\{[^{}]*\})?", r"\\mat "),
@@ -310,7 +296,12 @@ MARKUP = table(
     (TEXT, untext),  # a \text inside a \text
 )
 AFTER_NUMBER = r"(?:(?<=[0-9})!%°])|(?<=\\pi)|(?<=\\pi ))"
-MEASURES = table(
+SIGNS = table(
+    (r"\{,\}", ","),
+    (r"!=", r"\\ne "),
+    (r"<=", r"\\le "),
+    (r">=", r"\\ge "),
+    (r"~", " "),
     (r"(?i:(?<![:0-9])([0-9]{1,2})(?=\s*\x02?\s*[ap]\.?\s?m\b))", r"\1:00"),
     (r"(?i:(?<=:[0-5][0-9])\s*\x02?\s*a\.?\s?m\b\.?)", r" \\unitam "),
     (r"(?i:(?<=:[0-5][0-9])\s*\x02?\s*p\.?\s?m\b\.?)", r" \\unitpm "),
@@ -355,17 +346,11 @@ def clean(s):
     s = s.strip()
     if s.isascii() and s.isdigit():
         return s
-    s = re.sub(r"(?<!\\)\$", "", s).strip("* ").replace("**", "^").replace("{,}", ",")
-    s = s.translate(UNICODE)
-    if "\\" in s:
-        for old, new in MARKUP:
-            s = old.sub(new, s)
-    for old, new in MEASURES:
+    s = re.sub(r"(?<!\\)\$", "", s).strip("* ").replace("**", "^").translate(UNICODE)
+    for old, new in [*(MARKUP if "\\" in s else ()), *SIGNS]:
         s = old.sub(new, s)
-    if WORDY.search(s):
-        for old, new in WORDS:
-            s = old.sub(new, s)
-    s = s.replace("!=", r"\ne ").replace("<=", r"\le ").replace(">=", r"\ge ").replace("~", " ")
+    for old, new in WORDS if WORDY.search(s) else ():
+        s = old.sub(new, s)
     if not ("(" in s or "[" in s or r"\{" in s):  # inside brackets a comma separates
         s = THOUSANDS.sub(without(","), s)
     return s.strip()
@@ -378,8 +363,9 @@ LIST = {",", ";"}
 FLIP = {">": "<", r"\ge": r"\le"}
 ENDS = {"<": "()", r"\le": "[]"}
 TIME = re.compile(r"[0-9]{1,2}(?::[0-5][0-9](?:\.[0-9]+)?){1,2}")
-LEAD = re.compile(  # the opposite does not follow
-    r"yes\b(?!.*\bno\b)|no\b(?!.*\byes\b)|true\b(?!.*\bfalse\b)|false\b(?!.*\btrue\b)", re.I | re.S
+# the opposite does not follow
+LEAD = re.compile(
+    r"(?is)yes\b(?!.*\bno\b)|no\b(?!.*\byes\b)|true\b(?!.*\bfalse\b)|false\b(?!.*\btrue\b)"
 )
 CHOICE = re.compile(  # (A), A) or A: with words after it, but for a second letter
     r"(?s)(?:[(\[]([A-Ja-j])[)\]][.:]?|([A-J])[).:])(?:\s(?!.*\b[A-J]\)).*)?"
@@ -389,6 +375,7 @@ TRANSPOSE = re.compile(r"\^\s*\{?(?:T|\\top|\\dagger|\*|\\prime)(?![A-Za-z])")
 # what may stand before "=" as the name of the answer: x, x_1, f(x), AB, \angle ABC, Area, \hat{y};
 # |AB|; (x, y); an integral or a limit; \frac{AB}{CD}
 NAMED = re.compile(
+    r"(?!\\(?:arc)?(?:sin|cos|tan|cot|sec|csc|ln|log|lg|exp|max|min|gcd|lcm|det|arg))"
     r"(?:(?:m?\\angle|\\triangle)?[A-Z]+|\\?[A-Za-z]|[A-Za-z]{3,}|\\[A-Za-z]+"
     r"|\\(?:hat|bar|overline|mathbb|mathcal)\{?[A-Za-z]+\}?)'*"
     r"(?:_(?:\w|\{[^{}]*\}|\\\w+))?(?:\^\*)?'*(?:\([\w,\\]*\))?"
@@ -406,44 +393,40 @@ def judge(answer, gold):
     answer, gold = answer.strip(), gold.strip()
     if answer == gold:
         return "equal: string"
-    text, x = shape(answer)
-    gold_text, y = shape(gold)
-    if text == gold_text and text:
-        return "equal: string"
-    verdict = compared(x, y)
-    return "unparsed" if verdict is None else "equal: " + y[0] if verdict else "different"
+    return compared(shape(answer), shape(gold))
 
 
 def equal_set(parts, gold):
     """Whether answers, each of its own box, are the elements of a gold answer that is a set."""
-    x, y = shape(", ".join(parts))[1], shape(gold.strip())[1]
-    if len(parts) < 2 or not x or not y or {x[0], y[0]} != {"set"}:
-        return False
-    if len(parts) not in (len(y[1]), len(spread(y[1]))):
-        return False
-    return ordered(x[1]) == ordered(y[1]) and compared(x, y)  # x = 6 and y = 24 are no set
+    match shape(", ".join(parts)), shape(gold.strip()):
+        case ((("set", xs) as x), (("set", ys) as y)):
+            whole = len(parts) in (len(ys), len(spread(ys)))
+            # x = 6 and y = 24 are no set
+            return whole and ordered(xs) == ordered(ys) and compared(x, y) == "equal: set"
+    return False
 
 
 def compared(x, y):
-    """Whether two shapes are equal, or None if that is beyond the reader."""
+    """The reason of a verdict on two shapes."""
+    if x != y and "unparsed" in (x[0], y[0]):
+        return "unparsed"
     try:
-        return same(x, y, Algebra()) if x and y else None
+        return "equal: " + y[0] if x == y or same(x, y, Algebra()) else "different"
     except Unparsed:
-        return None
+        return "unparsed"
 
 
 @lru_cache(maxsize=4096)
 def shape(text):
-    """(the text without what does not show, its shape or None). Cached: a gold answer is compared
-    with many responses."""
+    """The shape of an answer, or ("unparsed", its text without what does not show). Cached: a gold
+    answer is compared with many responses."""
     if len(text) > LONGEST:
-        return text, None
+        return "unparsed", text
     s = clean(text)
     try:
-        out = worded(s) or read(tokens(s), Reader())
+        return worded(s) or read(tokens(s), Reader())
     except Unparsed:
-        out = None
-    return re.sub("(?<![0-9]) | (?![0-9])", "", s), out
+        return "unparsed", re.sub("(?<![0-9]) | (?![0-9])", "", s)
 
 
 def worded(s):
@@ -526,9 +509,8 @@ def bracketed(tok, inner):
 
 def related(sides, operators, inner):
     """The shape of sides joined by relations."""
-    texts = ["".join(side) for side in sides]
-    names = split(sides[0], {":"})  # S_1:S_2 names a ratio
-    named = all(NAMED.fullmatch("".join(name)) and name[0][1:] not in FUNCTIONS for name in names)
+    name, numbers = "".join(sides[0]), split(sides[0], {":"})  # S_1:S_2 names a ratio
+    named = all(NAMED.fullmatch("".join(part)) for part in numbers)
     if operators == [r"\in"] and named:
         return inner(sides[1])
     if set(operators) == {"="}:
@@ -538,14 +520,14 @@ def related(sides, operators, inner):
             # an integral, a limit: only its value is asked for
             if not named:
                 raise
-            first = "word", texts[0]
+            first = "word", name
         rest = [inner(side) for side in sides[1:]]
-        if len(names) > 1:
+        if len(numbers) > 1:
             rest = [(*side[:2], False) if side[0] == "ratio" else side for side in rest]
-        aliases = {texts[0]} if named else set()
-        if call := APPLIED.fullmatch(texts[0]):  # f(x) = r is y = r, and x(t) = r is x = r
+        aliases = {name} if named else set()
+        if call := APPLIED.fullmatch(name):  # f(x) = r is y = r, and x(t) = r is x = r
             aliases |= {call[1], "y"}.difference(call[2], *sides[1:])
-        return "equation", texts[0], aliases, [first, *rest]
+        return "equation", name, aliases, [first, *rest]
     if all(op in FLIP for op in operators):
         sides, operators = sides[::-1], [FLIP[op] for op in operators[::-1]]
     if not set(operators) <= {"<", r"\le"} and operators != [r"\ne"]:
@@ -678,12 +660,11 @@ def matched(xs, ys, algebra):
         return False
     if ordered(xs) != ordered(ys):
         return pairwise(xs, ys, algebra)
-    rest = list(ys)
     for x in xs:
-        at = next((i for i, y in enumerate(rest) if same(x, y, algebra)), None)
-        if at is None:
+        equal_ones = [y for y in ys if same(x, y, algebra)]
+        if not equal_ones:
             return False
-        del rest[at]
+        ys.remove(equal_ones[0])
     return True
 
 

@@ -54,6 +54,7 @@ COSINES = {
     }.items()
 }
 CIRCULAR = set("sin cos tan cot sec csc sinh cosh tanh coth".split())
+RECIPROCALS = {"cot": "tan", "sec": "cos", "csc": "sin", "coth": "tanh"}
 FUNCTIONS = CIRCULAR | set(
     "ln log lg exp arcsin arccos arctan arsinh arcosh artanh "
     "max min gcd lcm det arg deg dim ker tr sgn".split()
@@ -287,19 +288,15 @@ class Algebra:
             return number(abs(r))
         if name not in CIRCULAR:
             return self.call(name, x)
+        if name in RECIPROCALS:
+            return self.power(self.function(RECIPROCALS[name], x), -1)
         j = number(1) if name[-1] == "h" else atom("prime", -1, HALF)
         up, down = self.exp(self.mul(j, x)), self.exp(negative(self.mul(j, x)))
-        cos, sin = add(up, down), self.mul(self.power(j, -1), add(up, down, -1))
-        two = number(2)
-        over, under = {
-            "sin": (sin, two),
-            "cos": (cos, two),
-            "tan": (sin, cos),
-            "cot": (cos, sin),
-            "sec": (two, cos),
-            "csc": (two, sin),
-        }[name.removesuffix("h")]
-        return self.mul(over, self.power(under, -1))
+        cos = self.mul(number(HALF), add(up, down))
+        if name[:3] == "cos":
+            return cos
+        sin = self.mul(self.power(j, -1), self.mul(number(HALF), add(up, down, -1)))
+        return sin if name[:3] == "sin" else self.mul(sin, self.power(cos, -1))
 
     def equal(self, a, b):
         """Whether two sums are equal once the denominators of a - b are multiplied away."""
@@ -345,6 +342,7 @@ OPEN = {
     r"\vmat": r"\endmat",
 }
 CLOSE = set(OPEN.values())
+END = CLOSE | {"", "+", "-", ","}  # of a product
 SYMBOLS = set(
     r"\alpha \beta \gamma \delta \epsilon \varepsilon \zeta \eta \theta \vartheta \iota \kappa "
     r"\lambda \mu \nu \xi \pi \rho \sigma \tau \upsilon \phi \varphi \chi \psi \omega \Gamma "
@@ -426,7 +424,7 @@ class Reader(Algebra):
 
     def term(self):
         out = self.factor()
-        while (t := self.peek()) not in CLOSE and t not in ("", "+", "-", ","):
+        while (t := self.peek()) not in END:
             if t == "|" and self.bars:
                 break
             if t[0] in DIGITS and self.tok[self.at - 1][-1] in DIGITS:
