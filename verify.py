@@ -101,27 +101,25 @@ def equal(answer, gold):
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s{0,100}")
 BRACE = re.compile(r"(?s)\\.|[{}]")  # \{ and \} do not nest
-CUE = re.compile(r"(?i)answer\W{0,8}?(?:is\b|:)[\s:*]*")
+CUE = r"(?i)answer\W{0,8}?(?:is\b|:)[\s:*]*"
 FORMULA = r"(?:\$+((?:[^$\\]|\\.)+)\$|\\[(\[](.+?)\\[)\]])"
-NUMBER = re.compile(
+NUMBER = (
     r"(?:(?<![\w)}])-)?"
     r"(?:\\[dt]?frac\{-?[0-9]+\}\{[0-9]+\}|\.?[0-9](?:,?[0-9])*(?:\.[0-9]+)?(?:/[0-9]+)?)"
 )
 # a point inside a number does not end a sentence, nor does a line end after "is" or a colon
-SENTENCE_END = re.compile(r"(?<! is)(?<!:)\n|[.!](?=\s|\*|$)|\s+I hope\b")
-ASIDE = re.compile(r",?\s+(?:where|which|since|because)\b")
-IS = re.compile(r"\b(?:is|are|be|equals?|equal to)\b[\s:*]*(?=[$\\(\[{]|[-+]?\.?[0-9])")
-HEDGED = re.compile(
-    r"(?i)\b(?:not|cannot|never|neither|no|at most|at least|below|above|\w+ than)\b|n't"
-)
+SENTENCE_END = r"(?<! is)(?<!:)\n|[.!](?=\s|\*|$)|\s+I hope\b"
+ASIDE = r",?\s+(?:where|which|since|because)\b"
+IS = r"\b(?:is|are|be|equals?|equal to)\b[\s:*]*(?=[$\\(\[{]|[-+]?\.?[0-9])"
+HEDGED = r"(?i)\b(?:not|cannot|never|neither|no|at most|at least|below|above|\w+ than)\b|n't"
 FORMULAS = re.compile(rf"(?s){FORMULA}(?:\s*(?:,\s*and|,\s*or|,|;|and|or)\s*{FORMULA})*")
 MATH = re.compile("(?s)" + FORMULA)
-VERB = re.compile(r"\s*(?:[:=]|(?:is|are|equals?|must|can|has|have|will|should|would)\b)")
-FULL_STOP = re.compile(r"[.!?](?=[\s$*)\\]|$)")  # between the boxes of two sentences
-LABEL = re.compile(r"(?<![A-Za-z\\])([A-Za-z](?:_\w|_\{\w+\})?)\s*=[\s$]*$")
-NOT = re.compile(r"(?i)\b(?:not|neither|nor|never)[\s$(\\]*$")
+VERB = r"\s*(?:[:=]|(?:is|are|equals?|must|can|has|have|will|should|would)\b)"
+FULL_STOP = r"[.!?](?=[\s$*)\\]|$)"  # between the boxes of two sentences
+LABEL = r"(?<![A-Za-z\\])([A-Za-z](?:_\w|_\{\w+\})?)\s*=[\s$]*$"
+NOT = r"(?i)\b(?:not|neither|nor|never)[\s$(\\]*$"
 # what stands between the boxes of a list: no words that take the one before back or go on from it
-JOINT = re.compile(
+JOINT = (
     r"(?is)(?!.*\b(?:not?|nor|wait|but|instead|rather|actually|correct\w*|wrong|sorry|mistake|so|thus"
     r"|hence|therefore|then|after|finally|becomes?|which)\b)(?=.*(?:[,;&]|\b(?:and|or)\b)).{0,100}"
 )
@@ -140,37 +138,37 @@ def extract(response):
         found = tail.rpartition("####")[2].strip().partition("\n")[0]
     elif "<answer>" in tail:
         found = tail.rpartition("<answer>")[2].partition("</answer>")[0]
-    elif CUE.search(tail):
-        found = stated(CUE.split(tail)[-1])
+    elif re.search(CUE, tail):
+        found = stated(re.split(CUE, tail)[-1])
     else:
-        found = (NUMBER.findall(tail) or [""])[-1]
+        found = (re.findall(NUMBER, tail) or [""])[-1]
     return found.strip(" \t\r\n*$") or None
 
 
 def stated(text):
     """The answer that stands in the text after a cue (policy 3)."""
-    opening, end = formulas(text)
-    if opening and not VERB.match(text, end):
+    opening, rest = formulas(text)
+    if opening and not re.match(VERB, rest):
         return opening
-    sentence = SENTENCE_END.split(text, maxsplit=1)[0]
-    main = ASIDE.split(sentence, maxsplit=1)[0]
-    if re.match(r"[-+]?\.?[0-9]", main) or LEAD.match(main) or CHOICE.fullmatch(main):
+    sentence = re.split(SENTENCE_END, text, maxsplit=1)[0]
+    main = re.split(ASIDE, sentence, maxsplit=1)[0]
+    if re.match(r"[-+]?\.?[0-9]", main) or re.match(LEAD, main) or re.fullmatch(CHOICE, main):
         return main
-    *verbs, after = IS.split(main)
+    *verbs, after = re.split(IS, main)
     if verbs:
         return formulas(after)[0] or after
     inline = [m[1] or m[2] for m in MATH.finditer(sentence)]
-    if not inline or HEDGED.search(sentence):
+    if not inline or re.search(HEDGED, sentence):
         return sentence
     return inline[-1] if is_variable(inline[0]) else inline[0]
 
 
 def formulas(text):
-    """The formulas at the start of a text, as a list with commas, and where they end."""
+    """The formulas at the start of a text, as a list with commas, and what follows them."""
     m = FORMULAS.match(text)
     if not m:
-        return "", 0
-    return ", ".join((f[1] or f[2]).strip() for f in MATH.finditer(m[0])), m.end()
+        return "", text
+    return ", ".join((f[1] or f[2]).strip() for f in MATH.finditer(m[0])), text[m.end() :]
 
 
 def is_variable(formula):
@@ -206,14 +204,14 @@ def boxes(response):
         content, end = unbox(text, start)
         if found:
             between = text[end:right]
-            if end > right or FULL_STOP.search(between):
+            if end > right or re.search(FULL_STOP, between):
                 break
-            if len(found) == 64 or not JOINT.fullmatch(between):
+            if len(found) == 64 or not re.fullmatch(JOINT, between):
                 return []
         before = text[max(0, start - 40) : start]
-        if content is None or NOT.search(before):
+        if content is None or re.search(NOT, before):
             return []
-        label = LABEL.search(before)
+        label = re.search(LABEL, before)
         found.append(f"{label[1]} = {content}" if label else content)
         right = start
     return found[::-1]
@@ -257,8 +255,16 @@ for row in (
 ).split(","):
     forms = row.split()
     UNITS |= dict.fromkeys([*forms, *(form + "s" for form in forms)], forms[0])
+KNOWN = "m/s|" + "|".join(form for form in UNITS if len(form) > 1 and form not in ("am", "pm"))
 POWER = r"(?:\s*\^\s*\{?[23]\}?)?"
-KNOWN = "|".join(form for form in UNITS if len(form) > 1 and form not in ("am", "pm"))
+MEASURE = (
+    r"(?:(?<=[0-9})!%°])|(?<=\\pi)|(?<=\\pi ))"  # after a number
+    rf"(?:(?:\s?/?\s?(?:{KNOWN})|\s?/\s?[hs]|\s(?:per|[A-Za-z][a-z]{{3,}}))\b\.?{POWER})+"
+    r"(?=\s*(?:$|[,;)0-9]))"
+)
+SPELT = "(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp|sqrt|pi|gcd|lcm|max|min"
+SPACED = r"(?<![0-9.,_^\\}])(?<![0-9._^}] )[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9/]| [0-9])"
+THOUSANDS = r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9]|,[0-9])"
 
 
 def unit(m):
@@ -276,10 +282,6 @@ def untext(m):
     return f"\\{content} " if content in FUNCTIONS else f"\x02{m[2]}\x03"
 
 
-def without(character):
-    return lambda m: m[0].replace(character, "")
-
-
 def table(*rows):
     return [(re.compile(old, re.S), new) for old, new in rows]
 
@@ -295,7 +297,6 @@ MARKUP = table(
     (TEXT, untext),
     (TEXT, untext),  # a \text inside a \text
 )
-AFTER_NUMBER = r"(?:(?<=[0-9})!%°])|(?<=\\pi)|(?<=\\pi ))"
 SIGNS = table(
     (r"\{,\}", ","),
     (r"!=", r"\\ne "),
@@ -310,34 +311,18 @@ SIGNS = table(
     (r"[\x02\x03\s]+", " "),
     (r"^[ ,;:=*\"`]+|[ .,;:*\"`]+$", ""),
 )
-WORDY = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2}|\\approx|[0-9] [0-9]")
+WORDY = r"(?<![\\A-Za-z])[A-Za-z]{2}|\\approx|[0-9] [0-9]"
 WORDS = table(
-    (r"^(?:\\approx|(?i:(?:the )?(?:\w+ )?(?:answer|option|choice)(?: is)?\b:?)) ?", ""),
+    (r"^(?:\\approx|(?i:(?:the )?(?:(?:final|correct) )?(?:answer|option)(?: is)?\b:?)) ?", ""),
     (r",?\s\b(?:and|or)\b\s", ", "),
     (r"(?<=[0-9)\]}])\s?,?\s?(?:and|or)\s?(?=[-0-9(\[{\\]|[A-Za-z]\w* ?[=(])", ", "),
-    (
-        r"(?i:(?<![A-Za-z\\])\+?(?:infinity|infinite|infinitely many|inf|oo)(?![A-Za-z]))",
-        r"\\infty ",
-    ),
+    (r"(?i:(?<![A-Za-z\\])\+?(?:infinity|infinitely many|oo)(?![A-Za-z]))", r"\\infty "),
     (r"(?i:^(?:the )?(?:set of )?(?:all )?real(?:s| numbers)$)", r"\\mathbb{R}"),
-    (
-        AFTER_NUMBER
-        + rf"(?:(?:\s?/?\s?(?:{KNOWN})|\s?/\s?[hs]|\s(?:per|[A-Za-z][a-z]{{3,}}))\b\.?{POWER})+"
-        r"(?=\s*(?:$|[,;)0-9]))",
-        unit,
-    ),
-    (
-        r"(?<![\\A-Za-z])((?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp|sqrt|pi|gcd|lcm|max|min)"
-        r"(?=\s*(?:[0-9_(^\\{}*/+-]|[a-z]\b|$))",
-        r"\\\1 ",
-    ),
+    (MEASURE, unit),
+    (rf"(?<![\\A-Za-z])({SPELT})(?=\s*(?:[0-9_(^\\{{}}*/+-]|[a-z]\b|$))", r"\\\1 "),
     (r"(?<![0-9A-Za-z.}])([0-9]+) ([0-9]+)/([0-9]+)(?![0-9])", r"\1\\frac{\2}{\3}"),
-    (
-        r"(?<![0-9.,_^\\}])(?<![0-9._^}] )[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9/]| [0-9])",
-        without(" "),
-    ),
+    (SPACED, lambda m: m[0].replace(" ", "")),
 )
-THOUSANDS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
 
 
 def clean(s):
@@ -349,10 +334,10 @@ def clean(s):
     s = re.sub(r"(?<!\\)\$", "", s).strip("* ").replace("**", "^").translate(UNICODE)
     for old, new in [*(MARKUP if "\\" in s else ()), *SIGNS]:
         s = old.sub(new, s)
-    for old, new in WORDS if WORDY.search(s) else ():
+    for old, new in WORDS if re.search(WORDY, s) else ():
         s = old.sub(new, s)
     if not ("(" in s or "[" in s or r"\{" in s):  # inside brackets a comma separates
-        s = THOUSANDS.sub(without(","), s)
+        s = re.sub(THOUSANDS, lambda m: m[0].replace(",", ""), s)
     return s.strip()
 
 
@@ -362,16 +347,14 @@ RELATIONS = {"=", "<", ">", r"\le", r"\ge", r"\ne", r"\in"}
 LIST = {",", ";"}
 FLIP = {">": "<", r"\ge": r"\le"}
 ENDS = {"<": "()", r"\le": "[]"}
-TIME = re.compile(r"[0-9]{1,2}(?::[0-5][0-9](?:\.[0-9]+)?){1,2}")
+TIME = r"[0-9]{1,2}(?::[0-5][0-9](?:\.[0-9]+)?){1,2}"
 # the opposite does not follow
-LEAD = re.compile(
-    r"(?is)yes\b(?!.*\bno\b)|no\b(?!.*\byes\b)|true\b(?!.*\bfalse\b)|false\b(?!.*\btrue\b)"
-)
-CHOICE = re.compile(  # (A), A) or A: with words after it, but for a second letter
+LEAD = r"(?is)yes\b(?!.*\bno\b)|no\b(?!.*\byes\b)|true\b(?!.*\bfalse\b)|false\b(?!.*\btrue\b)"
+CHOICE = (  # (A), A) or A: with words after it, but for a second letter
     r"(?s)(?:[(\[]([A-Ja-j])[)\]][.:]?|([A-J])[).:])(?:\s(?!.*\b[A-J]\)).*)?"
 )
-WORD = re.compile(r"(?=.*[A-Za-z]{3}|[ivxIVX]{2,}$)[A-Za-z][A-Za-z\s,.'/-]*")
-TRANSPOSE = re.compile(r"\^\s*\{?(?:T|\\top|\\dagger|\*|\\prime)(?![A-Za-z])")
+WORD = r"(?=.*[A-Za-z]{3}|[ivxIVX]{2,}$)[A-Za-z][A-Za-z\s,.'/-]*"
+TRANSPOSE = r"\^\s*\{?(?:T|\\top|\\dagger|\*|\\prime)(?![A-Za-z])"
 # what may stand before "=" as the name of the answer: x, x_1, f(x), AB, \angle ABC, Area, \hat{y};
 # |AB|; (x, y); an integral or a limit; \frac{AB}{CD}
 NAMED = re.compile(
@@ -382,8 +365,8 @@ NAMED = re.compile(
     r"|\|[A-Z]+\||\([a-z](?:,[a-z])+\)|\\(?:int|sum|lim|prod)(?![A-Za-z]).*"
     r"|\\frac\{[A-Z]{2,}\}\{[A-Z]{2,}\}"
 )
-APPLIED = re.compile(r"([A-Za-z])\(([A-Za-z])\)")  # f(x)
-VARIABLE = re.compile(r"\\?[A-Za-z]+(?: _ .*)?|[A-Za-z] \( [A-Za-z] \)")  # tokens of x_1, f(x)
+APPLIED = r"([A-Za-z])\(([A-Za-z])\)"  # f(x)
+VARIABLE = r"\\?[A-Za-z]+(?: _ .*)?|[A-Za-z] \( [A-Za-z] \)"  # tokens of x_1, f(x)
 INFINITY = atom("name", r"\infty")
 BELOW, ABOVE = ("value", negative(INFINITY)), ("value", INFINITY)
 
@@ -431,13 +414,13 @@ def shape(text):
 
 def worded(s):
     """The shape of an answer in words, or by a letter of multiple choice, or None."""
-    if lead := LEAD.match(s):
+    if lead := re.match(LEAD, s):
         return "word", lead[0].lower()
-    if choice := CHOICE.fullmatch(s):
+    if choice := re.fullmatch(CHOICE, s):
         return "value", atom("name", choice[1] or choice[2])
-    if WORD.fullmatch(s):
+    if re.fullmatch(WORD, s):
         return "word", re.sub(r"^(?:the|an?) |[^a-z]", "", s.lower())
-    if TRANSPOSE.search(s):
+    if re.search(TRANSPOSE, s):
         raise Unparsed("a transpose: products commute here")
     return None
 
@@ -483,7 +466,7 @@ def read(tok, reader, depth=0):
         return "set", [inner([sign if t == r"\pm" else t for t in tok]) for sign in "+-"]
     if len(parts := split(tok, {":"})) > 1:
         sums, text = [reader.read(part) for part in parts], "".join(tok)
-        may_be_time = bool(TIME.fullmatch(text))
+        may_be_time = bool(re.fullmatch(TIME, text))
         if may_be_time and ":0" in text:
             return "time", sums
         return "ratio", sums, may_be_time
@@ -525,7 +508,7 @@ def related(sides, operators, inner):
         if len(numbers) > 1:
             rest = [(*side[:2], False) if side[0] == "ratio" else side for side in rest]
         aliases = {name} if named else set()
-        if call := APPLIED.fullmatch(name):  # f(x) = r is y = r, and x(t) = r is x = r
+        if call := re.fullmatch(APPLIED, name):  # f(x) = r is y = r, and x(t) = r is x = r
             aliases |= {call[1], "y"}.difference(call[2], *sides[1:])
         return "equation", name, aliases, [first, *rest]
     if all(op in FLIP for op in operators):
@@ -533,7 +516,7 @@ def related(sides, operators, inner):
     if not set(operators) <= {"<", r"\le"} and operators != [r"\ne"]:
         raise Unparsed("mixed relations")
     shapes = [inner(side) for side in sides]
-    free = [bool(VARIABLE.fullmatch(" ".join(side))) for side in sides]
+    free = [bool(re.fullmatch(VARIABLE, " ".join(side))) for side in sides]
     return "relation", operators, shapes, interval(free, operators, shapes)
 
 
