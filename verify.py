@@ -48,7 +48,6 @@ from plumbing.exact import (
     atom,
     closing,
     depths,
-    negative,
     number,
     split,
     tokens,
@@ -102,7 +101,8 @@ def equal(answer, gold):
 BOX = re.compile(r"\\(?:boxed|fbox)\s{0,100}")
 BRACE = re.compile(r"(?s)\\.|[{}]")  # \{ and \} do not nest
 CUE = r"(?i)answer\W{0,8}?(?:is\b|:)[\s:*]*"
-FORMULA = r"(?:\$+((?:[^$\\]|\\.)+)\$|\\[(\[](.+?)\\[)\]])"
+FORMULA = r"(?:\$+((?:[^$\\]|\\(?s:.))+)\$|\\[(\[]((?s:.+?))\\[)\]])"
+FORMULAS = rf"{FORMULA}(?:\s*(?:,\s*and|,\s*or|,|;|and|or)\s*{FORMULA})*"
 NUMBER = (
     r"(?:(?<![\w)}])-)?"
     r"(?:\\[dt]?frac\{-?[0-9]+\}\{[0-9]+\}|\.?[0-9](?:,?[0-9])*(?:\.[0-9]+)?(?:/[0-9]+)?)"
@@ -112,8 +112,6 @@ SENTENCE_END = r"(?<! is)(?<!:)\n|[.!](?=\s|\*|$)|\s+I hope\b"
 ASIDE = r",?\s+(?:where|which|since|because)\b"
 IS = r"\b(?:is|are|be|equals?|equal to)\b[\s:*]*(?=[$\\(\[{]|[-+]?\.?[0-9])"
 HEDGED = r"(?i)\b(?:not|cannot|never|neither|no|at most|at least|below|above|\w+ than)\b|n't"
-FORMULAS = re.compile(rf"(?s){FORMULA}(?:\s*(?:,\s*and|,\s*or|,|;|and|or)\s*{FORMULA})*")
-MATH = re.compile("(?s)" + FORMULA)
 VERB = r"\s*(?:[:=]|(?:is|are|equals?|must|can|has|have|will|should|would)\b)"
 FULL_STOP = r"[.!?](?=[\s$*)\\]|$)"  # between the boxes of two sentences
 LABEL = r"(?<![A-Za-z\\])([A-Za-z](?:_\w|_\{\w+\})?)\s*=[\s$]*$"
@@ -157,23 +155,19 @@ def stated(text):
     *verbs, after = re.split(IS, main)
     if verbs:
         return formulas(after)[0] or after
-    inline = [m[1] or m[2] for m in MATH.finditer(sentence)]
+    inline = [m[1] or m[2] for m in re.finditer(FORMULA, sentence)]
     if not inline or re.search(HEDGED, sentence):
         return sentence
-    return inline[-1] if is_variable(inline[0]) else inline[0]
+    names_it = re.fullmatch(NAMED, re.sub(r"\s", "", inline[0]))  # n, x_1, f(x), ABC
+    return inline[-1] if names_it else inline[0]
 
 
 def formulas(text):
     """The formulas at the start of a text, as a list with commas, and what follows them."""
-    m = FORMULAS.match(text)
+    m = re.match(FORMULAS, text)
     if not m:
         return "", text
-    return ", ".join((f[1] or f[2]).strip() for f in MATH.finditer(m[0])), text[m.end() :]
-
-
-def is_variable(formula):
-    """Whether a formula only names something: n, x_1, f(x), ABC."""
-    return NAMED.fullmatch(re.sub(r"\s", "", formula))
+    return ", ".join((f[1] or f[2]).strip() for f in re.finditer(FORMULA, m[0])), text[m.end() :]
 
 
 def last_box(text, end):
@@ -357,7 +351,7 @@ WORD = r"(?=.*[A-Za-z]{3}|[ivxIVX]{2,}$)[A-Za-z][A-Za-z\s,.'/-]*"
 TRANSPOSE = r"\^\s*\{?(?:T|\\top|\\dagger|\*|\\prime)(?![A-Za-z])"
 # what may stand before "=" as the name of the answer: x, x_1, f(x), AB, \angle ABC, Area, \hat{y};
 # |AB|; (x, y); an integral or a limit; \frac{AB}{CD}
-NAMED = re.compile(
+NAMED = (
     r"(?!\\(?:arc)?(?:sin|cos|tan|cot|sec|csc|ln|log|lg|exp|max|min|gcd|lcm|det|arg))"
     r"(?:(?:m?\\angle|\\triangle)?[A-Z]+|\\?[A-Za-z]|[A-Za-z]{3,}|\\[A-Za-z]+"
     r"|\\(?:hat|bar|overline|mathbb|mathcal)\{?[A-Za-z]+\}?)'*"
@@ -368,7 +362,7 @@ NAMED = re.compile(
 APPLIED = r"([A-Za-z])\(([A-Za-z])\)"  # f(x)
 VARIABLE = r"\\?[A-Za-z]+(?: _ .*)?|[A-Za-z] \( [A-Za-z] \)"  # tokens of x_1, f(x)
 INFINITY = atom("name", r"\infty")
-BELOW, ABOVE = ("value", negative(INFINITY)), ("value", INFINITY)
+BELOW, ABOVE = ("value", add({}, INFINITY, -1)), ("value", INFINITY)
 
 
 def judge(answer, gold):
@@ -417,7 +411,7 @@ def worded(s):
     if lead := re.match(LEAD, s):
         return "word", lead[0].lower()
     if choice := re.fullmatch(CHOICE, s):
-        return "value", atom("name", choice[1] or choice[2])
+        return "value", atom("name", (choice[1] or choice[2]).upper())
     if re.fullmatch(WORD, s):
         return "word", re.sub(r"^(?:the|an?) |[^a-z]", "", s.lower())
     if re.search(TRANSPOSE, s):
@@ -493,7 +487,7 @@ def bracketed(tok, inner):
 def related(sides, operators, inner):
     """The shape of sides joined by relations."""
     name, numbers = "".join(sides[0]), split(sides[0], {":"})  # S_1:S_2 names a ratio
-    named = all(NAMED.fullmatch("".join(part)) for part in numbers)
+    named = all(re.fullmatch(NAMED, "".join(part)) for part in numbers)
     if operators == [r"\in"] and named:
         return inner(sides[1])
     if set(operators) == {"="}:
@@ -522,16 +516,16 @@ def related(sides, operators, inner):
 
 def interval(free, operators, sides):
     """An inequality in one variable as an interval or a union, any other as None."""
-    if operators == [r"\ne"]:
-        return outside(sides[1]) if free[0] else None
-    if len(sides) == 2 and free[0]:
-        free, operators, sides = [False, *free], ["<", *operators], [BELOW, *sides]
-    elif len(sides) == 2:
-        operators, sides = [*operators, "<"], [*sides, ABOVE]
-    if len(sides) != 3 or not free[1]:
-        return None
-    left, right = (ENDS[op] for op in operators)
-    return "tuple", left[0] + right[1], [sides[0], sides[2]]
+    match free, operators, sides:
+        case [True, _], [r"\ne"], [_, point]:
+            return outside(point)
+        case [True, _], [op], [_, high]:
+            return "tuple", "(" + ENDS[op][1], [BELOW, high]
+        case [_, True], ["<" | r"\le" as op], [low, _]:
+            return "tuple", ENDS[op][0] + ")", [low, ABOVE]
+        case [_, True, _], [left, right], [low, _, high]:
+            return "tuple", ENDS[left][0] + ENDS[right][1], [low, high]
+    return None
 
 
 def outside(point):
