@@ -105,16 +105,10 @@ def negative(s):
     return {m: -c for m, c in s.items()}
 
 
-def content(s):
-    """(c, s / c) with c > 0 rational and the coefficients of s / c coprime integers."""
-    over = math.gcd(*(c.numerator for c in s.values()))
-    under = math.lcm(*(c.denominator for c in s.values()))
-    return Fraction(over, under), accumulate({}, s, Fraction(under, over))
-
-
 def expandable(s, k):
-    """Whether s ** k is written out: up to 200 terms."""
-    return 1 <= k <= 200 and math.comb(k + len(s) - 1, k) <= 200
+    """Whether s ** k is written out: a sum, up to 200 terms."""
+    small = len(s) > 1 and k.denominator == 1 and 1 <= k <= 200
+    return small and math.comb(k + len(s) - 1, k) <= 200
 
 
 def weight(x):
@@ -163,9 +157,7 @@ class Algebra:
     def inside(self, x):
         """x, checked to be small enough to sit inside an atom: nested functions could make it grow
         exponentially."""
-        size = weight(x)
-        self.spend(size >> 3)
-        if size > LARGEST:
+        if weight(x) > LARGEST:
             raise Unparsed("too large")
         return x
 
@@ -223,25 +215,31 @@ class Algebra:
     def power(self, s, r):
         """s ** r for a rational r. An even power under an even root leaves an absolute value."""
         r = plain(r)
-        if r == 1:
-            return s
         if not s:
             return number(self.integer_power(0, (r > 0) - (r < 0)))
-        if len(s) == 1:
-            ((m, c),) = s.items()
-            powers = []
-            for a, k in m:
-                if a[0] in ("name", "call") and k % 2 == 0 and k * r % 2 == 1:
-                    a = ("call", ("abs", (self.freeze(atom(*a)),)))
-                powers.append((a, k * r))
-            return self.mul(self.root(c, r), self.settle(powers))
-        if r.denominator == 1 and expandable(s, r):
+        if expandable(s, r):
             out = s
             for _ in range(r - 1):
                 out = self.mul(out, s)
             return out
-        c, rest = content(s)
-        return self.mul(self.root(c, r), atom("sum", self.freeze(rest), r))
+        c, m = self.product(s)
+        powers = []
+        for a, k in m:
+            if a[0] in ("name", "call") and k % 2 == 0 and k * r % 2 == 1:
+                a = ("call", ("abs", (self.freeze(atom(*a)),)))
+            powers.append((a, k * r))
+        return self.mul(self.root(c, r), self.settle(powers))
+
+    def product(self, s):
+        """A sum as (c, monomial): of several terms the content c, a positive rational that leaves
+        coprime integers, and an atom."""
+        if len(s) == 1:
+            ((m, c),) = s.items()
+            return c, m
+        over = math.gcd(*(c.numerator for c in s.values()))
+        under = math.lcm(*(c.denominator for c in s.values()))
+        rest = self.freeze(accumulate({}, s, Fraction(under, over)))
+        return Fraction(over, under), ((("sum", rest), 1),)
 
     def root(self, c, r):
         """c ** r for rationals as a sum; an odd root of a negative number is real."""
@@ -267,11 +265,7 @@ class Algebra:
         """Natural logarithm; of a product as a sum, which takes its symbols as positive."""
         if not s:
             raise Unparsed("logarithm of zero")
-        if len(s) == 1:
-            ((m, c),) = s.items()
-        else:
-            c, rest = content(s)
-            m = ((("sum", self.freeze(rest)), 1),)
+        c, m = self.product(s)
         out = {IPI: 1} if c < 0 else {}
         for a, k in [*factors(abs(c)), *m]:
             one = IPI if a == MINUS else a[1] if a[0] == "exp" else ((("ln", self.inside(a)), 1),)
@@ -303,14 +297,12 @@ class Algebra:
         s = add(a, b, -1)
         for _ in range(12):
             lowest = {}
-            for m in s:
-                for a, k in m:
-                    if a[0] == "sum":
-                        lowest[a] = min(lowest.get(a, 0), k)
-            clear = tuple((a, -k) for a, k in lowest.items() if k < 0)
-            if not clear:
+            for a, k in itertools.chain(*s):
+                if a[0] == "sum" and k < 0:
+                    lowest[a] = min(lowest.get(a, 0), k)
+            if not lowest:
                 break
-            s = self.mul(s, {clear: 1})
+            s = self.mul(s, {tuple((a, -k) for a, k in lowest.items()): 1})
         return not s
 
     def ratio(self, a, b):
@@ -368,10 +360,10 @@ def depths(tok):
 
 def closing(tok, start):
     """Index of the token that closes the bracket at `start`; kinds may differ, as in (3, 4]."""
-    try:
-        return start + depths(tok[start:]).index(0)
-    except ValueError:
-        raise Unparsed("unclosed bracket") from None
+    opened = depths(tok[start:])
+    if 0 not in opened:
+        raise Unparsed("unclosed bracket")
+    return start + opened.index(0)
 
 
 def split(tok, separators):
@@ -403,13 +395,15 @@ class Reader(Algebra):
     def peek(self):
         return self.tok[self.at]
 
+    def next(self):
+        if not self.peek():
+            raise Unparsed("expected more")
+        self.at += 1
+        return self.tok[self.at - 1]
+
     def take(self, *wanted):
         """The next token if it is one of these, else ""."""
-        t = self.peek()
-        if t not in wanted:
-            return ""
-        self.at += 1
-        return t
+        return self.next() if self.peek() in wanted else ""
 
     def expr(self):
         self.depth += 1
@@ -442,11 +436,13 @@ class Reader(Algebra):
             if t == "^":
                 out = self.raised(out, self.script())
             elif t == "!":
-                n = rational(out)
-                if self.take("!"):
-                    raise Unparsed("a double factorial")
-                small = isinstance(n, int) and 0 <= n <= 60
-                out = number(math.factorial(n)) if small else self.call("!", out)
+                match rational(out), self.peek():
+                    case _, "!":
+                        raise Unparsed("a double factorial")
+                    case int(n), _ if 0 <= n <= 60:
+                        out = number(math.factorial(n))
+                    case _:
+                        out = self.call("!", out)
             elif self.degrees:
                 # dropped, except where they change the value
                 out = self.mul(out, {((("name", r"\pi"), 1),): Fraction(1, 180)})
@@ -474,10 +470,7 @@ class Reader(Algebra):
         return out
 
     def base(self):
-        t = self.peek()
-        if not t:
-            raise Unparsed("expected more")
-        self.at += 1
+        t = self.next()
         if t.strip(".")[:1] in DIGITS:
             return self.numeral(t)
         if t in OPEN or t == "|":
@@ -512,7 +505,7 @@ class Reader(Algebra):
         if self.peek() == "_":  # the base is part of the value
             return atom("name", t + self.subscript())
         if self.peek() == r"\overline" and "." in t:  # 0.1\overline{6}
-            self.at += 1
+            self.next()
             digits, places = self.raw(), len(t.partition(".")[2])
             if not digits.isdigit():
                 raise Unparsed("repeating decimal")
@@ -526,12 +519,12 @@ class Reader(Algebra):
 
     def raw(self):
         """One group or token as text, for a name."""
-        end = closing(self.tok, self.at) if self.peek() == "{" else self.at
-        text = "".join(self.tok[self.at : end + 1])
-        if not text:
-            raise Unparsed("expected a name")
+        if self.peek() != "{":
+            return self.next()
+        end = closing(self.tok, self.at)
+        text = "".join(self.tok[self.at + 1 : end])
         self.at = end + 1
-        return text.removeprefix("{").removesuffix("}")
+        return text
 
     def subscript(self):
         return "_" + self.raw() if self.take("_") else ""
@@ -549,7 +542,7 @@ class Reader(Algebra):
         if self.peek() == "(" and name != r"\pi":
             inner = self.tok[self.at + 1 : closing(self.tok, self.at)]
             if name in APPLIED or len(split(inner, {"+", "-"})) == 1:
-                self.at += 1
+                self.next()
                 return self.call(name, *self.group(")"))
         return atom("name", name)
 
