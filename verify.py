@@ -27,7 +27,7 @@ What counts as right:
     opposite does not follow.
 11. a \frac{b}{c} with integers b < c is a mixed number.
 12. a:b is a ratio, 1:2 = 2:4 = 1/2, but two answers of the form h:mm may be times of day: they are
-    equal if their digits are; a.m. is not p.m. h:mm equals the fraction h/mm in lowest terms only.
+    equal if their digits are; a.m. is not p.m.; h:mm is no fraction.
 
 How: `clean` rewrites LaTeX and prose to a small core, `read` turns its tokens into a shape (value,
 set, tuple, union, matrix, ...), `same` compares two shapes; values are exact, see exact.py. Work is
@@ -118,8 +118,8 @@ LABEL = r"(?<![A-Za-z\\])([A-Za-z](?:_\w|_\{\w+\})?)\s*=[\s$]*$"
 NOT = r"(?i)\b(?:not|neither|nor|never)[\s$(\\]*$"
 # what stands between the boxes of a list: no words that take the one before back or go on from it
 JOINT = (
-    r"(?is)(?!.*\b(?:not?|nor|wait|but|instead|rather|actually|correct\w*|wrong|sorry|mistake|so|thus"
-    r"|hence|therefore|then|after|finally|becomes?|which)\b)(?=.*(?:[,;&]|\b(?:and|or)\b)).{0,100}"
+    r"(?is)(?!.*\b(?:not?|nor|wait|but|instead|rather|actually|correct\w*|wrong|sorry|mistake|so"
+    r"|thus|hence|therefore|then|after|finally|becomes?|which)\b)(?=.*(?:[,;&]|\b(?:and|or)\b)).{0,100}"
 )
 
 
@@ -287,7 +287,7 @@ MARKUP = table(
     (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})", "°"),
     (r"\\begin\{[pbB]?(?:matrix|array)\}(?:\{[^{}]*\})?", r"\\mat "),
     (r"\\end\{[pbB]?(?:matrix|array)\}", r"\\endmat "),
-    (r"(\\frac\{[^{}]*\})([0-9])", r"\1{\2}"),
+    (r"(\\(?:frac|binom)\{(?:[^{}]|\{[^{}]*\})*\})([0-9])", r"\1{\2}"),  # \frac{a}2
     (TEXT, untext),
     (TEXT, untext),  # a \text inside a \text
 )
@@ -322,9 +322,6 @@ WORDS = table(
 def clean(s):
     """LaTeX, Unicode and prose brought to a small core: no spacing, sizes, fonts, currency or final
     point; a unit becomes one macro after its number."""
-    s = s.strip()
-    if s.isascii() and s.isdigit():
-        return s
     s = re.sub(r"(?<!\\)\$", "", s).strip("* ").replace("**", "^").translate(UNICODE)
     for old, new in [*(MARKUP if "\\" in s else ()), *SIGNS]:
         s = old.sub(new, s)
@@ -442,12 +439,11 @@ def read(tok, reader, depth=0):
     if len(parts := split(tok, {r"\cup"})) > 1:
         return "union", list(map(inner, parts))
     if len(parts := split(tok, LIST)) > 1:
-        # "n in Z" after an answer says what n is, it is not another answer
-        shapes = [inner(part) for part in parts if part is parts[0] or r"\in" not in part]
+        shapes = list(map(inner, parts))
         measures = {part[2] for part in shapes if part[0] == "unit"}
         if len(measures) > 1:  # 2 hours, 30 minutes: in order
             return "tuple", "", shapes
-        return ("set", shapes) if len(shapes) > 1 else shapes[0]
+        return "set", shapes
     if len(parts := split(tok, {r"\approx"})) > 1:  # the exact side counts
         return inner(parts[0])
     if len(parts := split(tok, RELATIONS)) > 1:
@@ -494,11 +490,10 @@ def related(sides, operators, inner):
         try:
             first = inner(sides[0])
         except Unparsed:
-            # an integral, a limit: only its value is asked for
             if not named:
                 raise
-            first = "word", name
-        rest = [inner(side) for side in sides[1:]]
+            first = "word", name  # f'(x), an integral, a limit: only its value is asked for
+        rest = list(map(inner, sides[1:]))
         if len(numbers) > 1:
             rest = [(*side[:2], False) if side[0] == "ratio" else side for side in rest]
         aliases = {name} if named else set()
