@@ -30,7 +30,7 @@ What counts as right:
     equal if their digits are; a.m. is not p.m.; h:mm is no fraction.
 
 How: `clean` rewrites LaTeX and prose to a small core, `read` turns its tokens into a shape (value,
-set, tuple, union, matrix, ...), `same` compares two shapes; values are exact, see exact.py. Work is
+set, tuple, union, relation, ...), `same` compares two shapes; values are exact, see exact.py. Work is
 bounded by construction (length, depth, fuel): there is no clock, signal, thread or process, and
 nothing of the text is ever executed.
 """
@@ -119,7 +119,8 @@ NOT = r"(?i)\b(?:not|neither|nor|never)[\s$(\\]*$"
 # what stands between the boxes of a list: no words that take the one before back or go on from it
 JOINT = (
     r"(?is)(?!.*\b(?:not?|nor|wait|but|instead|rather|actually|correct\w*|wrong|sorry|mistake|so"
-    r"|thus|hence|therefore|then|after|finally|becomes?|which)\b)(?=.*(?:[,;&]|\b(?:and|or)\b)).{0,100}"
+    r"|thus|hence|therefore|then|after|finally|becomes?|which)\b)"
+    r"(?=.*(?:[,;&]|\b(?:and|or)\b)).{0,100}"
 )
 
 
@@ -254,7 +255,7 @@ POWER = r"(?:\s*\^\s*\{?[23]\}?)?"
 MEASURE = (
     r"(?:(?<=[0-9})!%°])|(?<=\\pi)|(?<=\\pi ))"  # after a number
     rf"(?:(?:\s?/?\s?(?:{KNOWN})|\s?/\s?[hs]|\s(?:per|[A-Za-z][a-z]{{3,}}))\b\.?{POWER})+"
-    r"(?=\s*(?:$|[,;)0-9]))"
+    r"(?=\s*(?:$|[,;)\]0-9]|\\\}))"
 )
 SPELT = "(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp|sqrt|pi|gcd|lcm|max|min"
 SPACED = r"(?<![0-9.,_^\\}])(?<![0-9._^}] )[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9/]| [0-9])"
@@ -420,9 +421,10 @@ def read(tok, reader, depth=0):
     """The shape of an answer: its kind and what it is made of.
 
     ("value", sum), ("word", text), ("unit", shape, name), ("time", sums),
-    ("ratio", sums, may be a time),
-    ("set", shapes), ("union", shapes), ("tuple", brackets, shapes),
-    ("equation", names, sides), ("relation", operators, sides, the same as an interval or None).
+    ("ratio", sums, may be a time), ("set", shapes), ("union", shapes),
+    ("tuple", brackets, shapes), also for a matrix and its rows,
+    ("equation", name, all names of the same, sides),
+    ("relation", operators, sides, the same as an interval or None).
     """
     if depth > 6 or not tok:
         raise Unparsed("too deep" if tok else "empty")
@@ -605,9 +607,11 @@ def scaled(xs, ys, algebra, positive=False):
 
 def stated_value(equation, algebra):
     """The shape that x = v, x = u = v or 2 + 3 = 5 states, or None."""
-    _, _, names, sides = equation
-    sides = sides[1:] if names else sides
-    return sides[-1] if all(same(sides[0], side, algebra) for side in sides[1:]) else None
+    _, name, aliases, sides = equation
+    stated = sides[1:] if aliases else sides
+    if name[0] == "(" and stated[-1][0] != sides[0][0]:  # (x, y) = 0
+        return None
+    return stated[-1] if all(same(stated[0], side, algebra) for side in stated[1:]) else None
 
 
 def spread(parts):
