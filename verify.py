@@ -26,12 +26,12 @@ What counts as right:
 10. Multiple choice by the leading letter; yes, no, true, false by the leading word when the
     opposite does not follow.
 11. a \frac{b}{c} with integers b < c is a mixed number.
-12. a:b is a ratio, 1:2 = 2:4 = 1/2, but two answers of the form h:mm may be times of day: they are
-    equal if their digits are; a.m. is not p.m.; h:mm is no fraction.
+12. a:b is a ratio, 1:2 = 2:4 = 1/2, but what has the form h:mm may be a time: two are equal if
+    their digits are, a.m. is not p.m., and it is no fraction.
 
 How: `clean` rewrites LaTeX and prose to a small core, `read` turns its tokens into a shape (value,
-set, tuple, union, relation, ...), `same` compares two shapes; values are exact, see exact.py. Work is
-bounded by construction (length, depth, fuel): there is no clock, signal, thread or process, and
+set, tuple, union, relation, ...), `same` compares two shapes; values are exact, see exact.py. Work
+is bounded by construction (length, depth, fuel): there is no clock, signal, thread or process, and
 nothing of the text is ever executed.
 """
 
@@ -254,7 +254,7 @@ KNOWN = "m/s|" + "|".join(form for form in UNITS if len(form) > 1 and form not i
 POWER = r"(?:\s*\^\s*\{?[23]\}?)?"
 MEASURE = (
     r"(?:(?<=[0-9})!%°])|(?<=\\pi)|(?<=\\pi ))"  # after a number
-    rf"(?:(?:\s?/?\s?(?:{KNOWN})|\s?/\s?[hs]|\s(?:per|[A-Za-z][a-z]{{3,}}))\b\.?{POWER})+"
+    rf"(?:(?:\s?/?\s?(?:{KNOWN})(?:\s?/\s?[hs])?|\s(?:per|[A-Za-z][a-z]{{3,}}))\b\.?{POWER})+"
     r"(?=\s*(?:$|[,;)\]0-9]|\\\}))"
 )
 SPELT = "(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp|sqrt|pi|gcd|lcm|max|min"
@@ -277,11 +277,9 @@ def untext(m):
     return f"\\{content} " if content in FUNCTIONS else f"\x02{m[2]}\x03"
 
 
-def table(*rows):
-    return [(re.compile(old, re.S), new) for old, new in rows]
-
-
-MARKUP = table(
+# in this order
+REWRITINGS = (
+    (r"\{,\}", ","),
     (r"\\(?:left|right)\s*\.|\\(?:text)?color\{[a-z]*\}", ""),
     (r"\\\{\s*\\\}", r"\\emptyset "),
     (r"\\(?:[A-Za-z]+|.)", lambda m: MACROS.get(m[0], m[0])),
@@ -291,9 +289,6 @@ MARKUP = table(
     (r"(\\(?:frac|binom)\{(?:[^{}]|\{[^{}]*\})*\})([0-9])", r"\1{\2}"),  # \frac{a}2
     (TEXT, untext),
     (TEXT, untext),  # a \text inside a \text
-)
-SIGNS = table(
-    (r"\{,\}", ","),
     (r"!=", r"\\ne "),
     (r"<=", r"\\le "),
     (r">=", r"\\ge "),
@@ -305,9 +300,6 @@ SIGNS = table(
     (rf"(?<=[^\s\x02,=:])(?:\s*\x02[^\x03%0-9]*\x03{POWER})+[\s.]*$", unit),
     (r"[\x02\x03\s]+", " "),
     (r"^[ ,;:=*\"`]+|[ .,;:*\"`]+$", ""),
-)
-WORDY = r"(?<![\\A-Za-z])[A-Za-z]{2}|\\approx|[0-9] [0-9]"
-WORDS = table(
     (r"^(?:\\approx|(?i:(?:the )?(?:(?:final|correct) )?(?:answer|option)(?: is)?\b:?)) ?", ""),
     (r",?\s\b(?:and|or)\b\s", ", "),
     (r"(?<=[0-9)\]}])\s?,?\s?(?:and|or)\s?(?=[-0-9(\[{\\]|[A-Za-z]\w* ?[=(])", ", "),
@@ -318,15 +310,14 @@ WORDS = table(
     (r"(?<![0-9A-Za-z.}])([0-9]+) ([0-9]+)/([0-9]+)(?![0-9])", r"\1\\frac{\2}{\3}"),
     (SPACED, lambda m: m[0].replace(" ", "")),
 )
+REWRITINGS = [(re.compile(old, re.S), new) for old, new in REWRITINGS]
 
 
 def clean(s):
     """LaTeX, Unicode and prose brought to a small core: no spacing, sizes, fonts, currency or final
     point; a unit becomes one macro after its number."""
     s = re.sub(r"(?<!\\)\$", "", s).strip("* ").replace("**", "^").translate(UNICODE)
-    for old, new in [*(MARKUP if "\\" in s else ()), *SIGNS]:
-        s = old.sub(new, s)
-    for old, new in WORDS if re.search(WORDY, s) else ():
+    for old, new in REWRITINGS:
         s = old.sub(new, s)
     if not ("(" in s or "[" in s or r"\{" in s):  # inside brackets a comma separates
         s = re.sub(THOUSANDS, lambda m: m[0].replace(",", ""), s)
@@ -579,10 +570,9 @@ def alike(x, y, algebra):
                 return pairwise(sides[1:], others[1:], algebra)
             return pairwise(sides, others, algebra) or scaled(sides, others, algebra)
         case ("relation", operators, sides, _), (_, other_operators, others, _):
-            strict = operators != [r"\ne"]
-            return operators == other_operators and (
-                pairwise(sides, others, algebra) or scaled(sides, others, algebra, strict)
-            )
+            if operators == other_operators:
+                positive = operators != [r"\ne"]
+                return pairwise(sides, others, algebra) or scaled(sides, others, algebra, positive)
     return x == y
 
 
