@@ -207,7 +207,7 @@ def boxes(response):
         if content is None or re.search(NOT, before):
             return []
         label = re.search(LABEL, before)
-        found.append(f"{label[1]} = {content}" if label else content)
+        found.append(f"{label[1]} = {content}" if label and "=" not in content else content)
         right = start
     return found[::-1]
 
