@@ -21,21 +21,24 @@ to one model and one way of sampling; others are refused.
 import argparse
 import hashlib
 import json
-import os
 import time
 from collections import Counter
 from contextlib import nullcontext
 from itertools import chain
+from math import comb
+from os import fsync
 from pathlib import Path
+from statistics import fmean, stdev
 
 import torch
 
 import verify
 from plumbing import checkpoint, download, parallel
-from plumbing.cli import Parser, amount, guarded, natural, pick_device, seed, short_name
+from plumbing.cli import Parser, amount, folder_name, guarded, natural, pick_device, seed
 from plumbing.data import DataError, fingerprint, load_problems
 from plumbing.hub import load_model, read_config, resolve
-from plumbing.rows import each_row, parse_json, printable, read_json
+from plumbing.parallel import on_rank_0
+from plumbing.rows import each_row, printable, read_json
 from plumbing.tokenizer import SYSTEM, load_tokenizer
 from rollout import Sampler
 from verify import Verdict
@@ -55,42 +58,43 @@ def avg_at_k(correct) -> float:
 
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Probability that k samples drawn from n, of which c are correct, hold a correct one:
-    1 - C(n-c, k) / C(n, k), as a product."""
+    1 - C(n-c, k) / C(n, k)."""
     if not 0 <= c <= n or not 1 <= k <= n:
         raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, not n={n} c={c} k={k}")
-    fail = 1.0
-    for i in range(n - c + 1, n + 1):
-        fail *= max(0.0, 1 - k / i)
-    return 1 - fail
+    return 1 - comb(n - c, k) / comb(n, k)
 
 
 def scores(groups: list[list[dict]]) -> dict:
     """Avg@K with its standard error over questions, pass@k for powers of two up to K, lengths and
     reasons, of the rows of samples.jsonl: K in each of N groups."""
-    correct = torch.tensor([[row["reward"] for row in group] for group in groups]).double()  # [N,K]
-    N, K = correct.shape
-    rows = [row for group in groups for row in group]
-    out = {"questions": N, "samples": K, "avg@k": avg_at_k(correct), "avg@k_stderr": None}
-    if N > 1:
-        out["avg@k_stderr"] = (correct.mean(1).std() / N**0.5).item()
+    rows = list(chain(*groups))
+    correct = [[int(row["reward"]) for row in group] for group in groups]  # [N,K]
+    N, K = len(groups), len(groups[0])
+    passes = {}
     for k in (2**i for i in range(K.bit_length())):
-        out[f"pass@{k}"] = sum(pass_at_k(K, int(c), k) for c in correct.sum(1)) / N
-    out["mean_length"] = sum(len(row["ids"]) for row in rows) / len(rows)
-    out["truncated"] = sum(row["finish_reason"] != "stop" for row in rows) / len(rows)
-    out["reasons"] = dict(Counter(row["reason"] for row in rows).most_common())
-    return out
+        passes[f"pass@{k}"] = fmean(pass_at_k(K, sum(question), k) for question in correct)
+    return {
+        "questions": N,
+        "samples": K,
+        "avg@k": avg_at_k(correct),
+        "avg@k_stderr": stdev(map(fmean, correct)) / N**0.5 if N > 1 else None,
+        **passes,
+        "mean_length": fmean(len(row["ids"]) for row in rows),
+        "truncated": fmean(row["finish_reason"] != "stop" for row in rows),
+        "reasons": dict(Counter(row["reason"] for row in rows).most_common()),
+    }
 
 
 def line_of(name, score) -> str:
     """The scores of a set, for a person."""
-    error = "" if score["avg@k_stderr"] is None else f" +- {score['avg@k_stderr']:.3f}"
+    error = "" if score["avg@k_stderr"] is None else " +- {avg@k_stderr:.3f}"
     passes = "  ".join(f"{k} {v:.3f}" for k, v in score.items() if k.startswith("pass@"))
-    return (
-        f"{name}: Avg@{score['samples']} {score['avg@k']:.3f}{error}  {passes}  "
-        f"({score['questions']} questions, {score['dropped_prompts']} dropped, "
-        f"length {score['mean_length']:.0f}, truncated {score['truncated']:.0%}, "
-        f"{score['seconds']:.0f} s)"
+    line = (
+        "Avg@{samples} {avg@k:.3f}" + error + "  {passes}  ({questions} questions, "
+        "{dropped_prompts} dropped, length {mean_length:.0f}, truncated {truncated:.0%}, "
+        "{seconds:.0f} s)"
     )
+    return f"{name}: {line.format(passes=passes, **score)}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -149,14 +153,14 @@ ROUNDS = 32  # times that the slots are filled between two looks at the disk
 def evaluate(sampler, tokenizer, name, prompts, args, part):
     """The rows of K responses to each prompt of a set, K in a group, kept in `part` as they come;
     those that are there already are not sampled again."""
-    groups = parallel.on_rank_0(sampled, part, prompts, args.samples)
+    groups = on_rank_0(sampled, part, prompts, args.samples)
     at_once = max(1, ROUNDS * sampler.slots * parallel.world() // args.samples)
-    while len(groups) < len(prompts):
-        first = len(groups)
-        some = prompts[first : first + at_once]
-        local = parallel.local_slice(len(some))
+    for first in range(len(groups), len(prompts), at_once):
+        piece = prompts[first : first + at_once]
+        local = parallel.local_slice(len(piece))
+        piece = piece[local]
         responses = sampler.generate(
-            [ids for _, ids in some[local]],
+            [ids for _, ids in piece],
             args.samples,
             args.max_new_tokens,
             args.temperature,
@@ -166,18 +170,17 @@ def evaluate(sampler, tokenizer, name, prompts, args, part):
             progress=f"{name}, from question {first + 1} of {len(prompts)}",
             first=first + local.start,
         )
-        new = []
-        for group, (problem, _) in zip(responses, some[local], strict=True):
-            for response in group:
+        rows = [[] for _ in piece]
+        for (problem, _), group, kept in zip(piece, responses, rows, strict=True):
+            for k, response in enumerate(group):
                 grade(response, problem, tokenizer, args.verifier)
-            about = {"set": name, "id": problem.id}
-            new.append([sample_row(r, **about, sample=k) for k, r in enumerate(group)])
-        new = parallel.all_gather(new)
-        parallel.on_rank_0(keep, part, new)
+                kept.append(sample_row(response, set=name, id=problem.id, sample=k))
+        rows = parallel.all_gather(rows)
+        on_rank_0(keep, part, rows)
         if not first:
-            prompt = tokenizer.decode(new[0][0]["prompt_ids"])
-            say(f"first prompt:\n{prompt}\nfirst response:\n{new[0][0]['response']}\n")
-        groups += new
+            prompt, response = tokenizer.decode(prompts[0][1]), rows[0][0]["response"]
+            say(f"first prompt:\n{prompt}\nfirst response:\n{response}\n")
+        groups += rows
     return groups
 
 
@@ -196,19 +199,15 @@ def keep(part, groups):
 def sampled(part, prompts, n) -> list[list[dict]]:
     """The groups of n rows that a killed run left in `part`, whole ones from the first prompt on;
     what stands behind them, such as a torn line, is cut off."""
-    if not part.exists():
-        return []
-    groups, size = [], 0
-    lines = part.read_bytes().split(b"\n")[:-1]  # behind the last newline is nothing, or torn
-    for i, (problem, ids) in enumerate(prompts):
-        group = lines[i * n : i * n + n]
-        rows = [parse_json(line) for line in group]
-        due = [{"id": problem.id, "sample": k, "prompt_ids": ids} for k in range(n)]
-        if [isinstance(row, dict) and {key: row.get(key) for key in due[0]} for row in rows] != due:
+    due = ((problem.id, k) for problem, _ in prompts for k in range(n))
+    rows = []
+    for row, expected in zip(each_row(part), due, strict=False):
+        if not row or (row.get("id"), row.get("sample")) != expected:
             break
-        groups.append(rows)
-        size += sum(len(line) + 1 for line in group)
-    os.truncate(part, size)
+        rows.append(row)
+    groups = [rows[i : i + n] for i in range(0, len(rows) - n + 1, n)]
+    if part.exists():
+        replace(part, map(encoded, chain(*groups)))
     return groups
 
 
@@ -223,7 +222,7 @@ def say(text):
 # there, and the rows sampled since
 
 # what the scores depend on: sets that differ in one of these do not share a folder
-SETTINGS = """model_sha256 samples temperature max_new_tokens max_prompt_tokens system thinking
+SETTINGS = """model samples temperature max_new_tokens max_prompt_tokens system thinking
     format verifier dtype seed""".split()
 
 
@@ -244,28 +243,12 @@ def identity(folder) -> str:
     return digest.hexdigest()
 
 
-def default_folder(model) -> Path:
-    """out/eval-MODEL, with the run before a checkpoint of it."""
-    path = Path(model).resolve() if Path(model).is_dir() else Path(model)
-    name = short_name(path)
-    if name == "warm-up" or name.startswith("step_"):
-        name = f"{short_name(path.parent)}-{name}"
-    return Path(f"out/eval-{name}")
-
-
-def part_of(out, settings, name, data_sha256) -> Path:
-    """The file for the rows of a set while it is sampled: those of other settings, or of other
-    questions, are never taken for them."""
-    digest = hashlib.sha256(json.dumps([settings, name, data_sha256]).encode()).hexdigest()
-    return out / f".samples-{digest[:16]}.jsonl"
-
-
-def earlier(out, settings, data, fresh) -> dict:
+def earlier(out, settings, problems, fresh) -> dict:
     """The results.json of a folder, or a new one with these settings.
 
-    data: {set: SHA-256 of its questions} of the sets asked for. Raises ValueError, in one line that
-    says what differs, when the folder holds something else: results of other settings, or of other
-    questions under the name of one of these sets.
+    problems: {set: [Problem]} of the sets asked for. Raises ValueError, in one line that says what
+    differs, when the folder holds something else: results of other settings, or of other questions
+    under the name of one of these sets.
     """
     path = out / "results.json"
     if not path.exists() and not (out / "samples.jsonl").exists():
@@ -278,9 +261,9 @@ def earlier(out, settings, data, fresh) -> dict:
         raise ValueError(f"{out} holds files not of eval.py: name another --out") from None
     if changed := differences(old, settings):
         raise ValueError(f"{out} holds other results ({'; '.join(changed)}): name another --out")
-    for name, sha256 in data.items():
-        score = old["sets"].get(name)
-        if score and score.get("data_sha256") != sha256 and not fresh:
+    for name in problems.keys() & old["sets"].keys():
+        score = old["sets"][name]
+        if score.get("data_sha256") != fingerprint(problems[name]) and not fresh:
             raise ValueError(
                 f"{out} holds {name} with other questions ({score['questions']} of them, "
                 f"--limit {score.get('limit')}): name another --out, or replace it by --fresh"
@@ -290,17 +273,14 @@ def earlier(out, settings, data, fresh) -> dict:
 
 def differences(old, new) -> list[str]:
     """The settings of a results.json that are not those of this run, in words."""
+    same_files = old.get("model_sha256") == new["model_sha256"]  # in another place, too
+    if old.get("model") == new["model"] and not same_files:
+        return [f"the files of {new['model']} have changed since"]
     changed = []
     for name in SETTINGS:
         there, now = old.get(name), new[name]
-        if there == now:
-            continue
-        if name == "model_sha256":  # the same files in another place are the same model
-            name, there, now = "model", old.get("model"), new["model"]
-        flag = f"--{name.replace('_', '-')}"
-        changed.append(f"{flag} {there!r:.100} there, {now!r:.100} now")
-        if there == now:
-            changed[-1] = f"the files of {now} have changed since"
+        if there != now and not (name == "model" and same_files):
+            changed.append(f"--{name.replace('_', '-')} {there!r:.100} there, {now!r:.100} now")
     return changed
 
 
@@ -310,20 +290,12 @@ def replace(path, lines):
     with open(new, "wb") as f:
         f.writelines(lines)
         f.flush()
-        os.fsync(f.fileno())
+        fsync(f.fileno())
     new.replace(path)
 
 
 def save_results(out, results):
     replace(out / "results.json", [json.dumps(results, indent=1).encode() + b"\n"])
-
-
-def begin(out, stale, results):
-    """Remove the rows of sets that are complete or sampled again; record the settings that the
-    folder belongs to."""
-    for part in stale:
-        part.unlink(missing_ok=True)
-    save_results(out, results)
 
 
 def finish(out, part, name, results):
@@ -342,7 +314,7 @@ def finish(out, part, name, results):
 
 def names(text):
     """argparse type: names with commas, none twice."""
-    out = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    out = list(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
     if not out:
         raise argparse.ArgumentTypeError("names no set: give a named set or a file")
     return out
@@ -415,36 +387,44 @@ def main(argv=None):
     limits = args.max_prompt_tokens, args.system, args.thinking
     prompts = {name: encode_prompts(tokenizer, p, *limits) for name, p in problems.items()}
     max_len = tokens_a_row(prompts, args, read_config(read_json(folder / "config.json")))
+    vars(args).update(dtype=str(dtype), format=tokenizer.format)
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings["model_sha256"] = on_rank_0(identity, folder)
 
-    known = vars(args) | {"dtype": str(dtype), "format": tokenizer.format}
-    known["model_sha256"] = parallel.on_rank_0(identity, folder)
-    settings = {name: known[name] for name in ("model", *SETTINGS)}
-    about = {"device": device, "torch": torch.__version__, "limit": args.limit}
-    about["model_commit"] = download.commit(folder)
-    data = {name: fingerprint(p) for name, p in problems.items()}
-    out = Path(args.out or default_folder(args.model))
-    parts = {name: part_of(out, settings, name, data[name]) for name in data}
+    out, sampler = Path(args.out or f"out/eval-{folder_name(args.model)}"), None
     with nullcontext() if parallel.rank() else checkpoint.lock(out):
-        results = parallel.on_rank_0(earlier, out, settings, data, args.fresh)
-        done = [name for name in data if name in results["sets"] and not args.fresh]
-        for name in done:
-            say(f"{line_of(name, results['sets'][name])}: {out} has it")
-        todo = [name for name in data if name not in done]
-        if todo:
-            model = load_model(folder, dtype, device)
-            compiled = on_gpu if args.compile is None else args.compile
-            sampler = Sampler(model, args.slots, max_len, compile=compiled)
-            sampler.start()
-        stale = parts if args.fresh else done
-        parallel.on_rank_0(begin, out, [parts[name] for name in stale], results)
-        for name in todo:
-            start, (pairs, dropped) = time.time(), prompts[name]
-            groups = evaluate(sampler, tokenizer, name, pairs, args, parts[name])
-            score = {**scores(groups), "dropped_prompts": dropped, "data_sha256": data[name]}
-            score |= {**about, "seconds": time.time() - start}
-            results["sets"][name] = score
-            parallel.on_rank_0(finish, out, parts[name], name, results)
-            say(line_of(name, score))
+        results = on_rank_0(earlier, out, settings, problems, args.fresh)
+        sets = results["sets"]
+        for name, (pairs, dropped) in prompts.items():
+            questions = fingerprint(problems[name])
+            # rows of other settings, or of other questions, are never taken for this set's
+            digest = hashlib.sha256(json.dumps([settings, name, questions]).encode()).hexdigest()
+            part = out / f".samples-{digest[:16]}.jsonl"
+            if name in sets or args.fresh:
+                on_rank_0(part.unlink, missing_ok=True)
+            if name in sets and not args.fresh:
+                say(f"{line_of(name, sets[name])}: {out} has it")
+                continue
+            if not sampler:
+                compiled = on_gpu if args.compile is None else args.compile
+                model = load_model(folder, dtype, device)
+                sampler = Sampler(model, args.slots, max_len, compile=compiled)
+                sampler.start()
+                on_rank_0(save_results, out, results)  # the folder is of these settings
+            start = time.time()
+            groups = evaluate(sampler, tokenizer, name, pairs, args, part)
+            sets[name] = {
+                **scores(groups),
+                "dropped_prompts": dropped,
+                "data_sha256": questions,
+                "device": device,
+                "torch": torch.__version__,
+                "limit": args.limit,
+                "model_commit": download.commit(folder),
+                "seconds": time.time() - start,
+            }
+            on_rank_0(finish, out, part, name, results)
+            say(line_of(name, sets[name]))
     say(f"written: {out}/results.json and samples.jsonl")
 
 

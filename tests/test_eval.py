@@ -444,7 +444,7 @@ def test_rows_left_behind(folder, tmp_path):
         (lines[0], 0),
         (b"".join(lines[:5]), 2),
         (b"".join(lines[:4]) + lines[4][:-1], 2),
-        (b"".join(lines[:4]) + lines[4] + lines[5][:-1], 2),  # whole, but for its end
+        (b"".join(lines[:5]) + lines[5][:-1], 3),  # whole, but for its end
         (b"".join(lines[:2]) + b"[]\n" + b"".join(lines[2:]), 1),
         (b"".join(lines[:2]) + bytes(100) + b"".join(lines[2:]), 1),
         (b"".join(lines[2:]), 0),  # not from the first prompt on
