@@ -44,12 +44,11 @@ from rollout import Sampler
 from verify import Verdict
 
 # --------------------------------------------------------------------------------------------------
-# scores
+# what Avg@K and pass@k are: of K samples to each of N questions
 
 
 def avg_at_k(correct) -> float:
-    """Mean accuracy of one sample, from correct [N,K] of 0 and 1: K samples to each of N
-    questions."""
+    """Mean accuracy of one sample, from correct [N,K] of 0 and 1."""
     correct = torch.as_tensor(correct, dtype=torch.float64)
     if correct.dim() != 2 or not correct.numel():
         raise ValueError(f"correct must be [questions, samples], not {list(correct.shape)}")
@@ -121,6 +120,7 @@ def grade(response, problem, tokenizer, verifier="nanobupo"):
 
 
 def judge(text, gold, verifier) -> Verdict:
+    """Whether a response is right: by verify.py, or by the string equality of the reference."""
     if verifier == "nanobupo":
         return verify.grade(text, gold)
     correct = verify.hendrycks(text, gold)
@@ -145,7 +145,7 @@ def sample_row(response, **extra) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------
-# one set of problems. Its rows go to a file of its own, `part`, as they come
+# a set of problems. Its rows go to a file of its own, `part`, as they come
 
 ROUNDS = 32  # times that the slots are filled between two looks at the disk
 
@@ -158,9 +158,8 @@ def evaluate(sampler, tokenizer, name, prompts, args, part):
     for first in range(len(groups), len(prompts), at_once):
         piece = prompts[first : first + at_once]
         local = parallel.local_slice(len(piece))
-        piece = piece[local]
         responses = sampler.generate(
-            [ids for _, ids in piece],
+            [ids for _, ids in piece[local]],
             args.samples,
             args.max_new_tokens,
             args.temperature,
@@ -170,11 +169,12 @@ def evaluate(sampler, tokenizer, name, prompts, args, part):
             progress=f"{name}, from question {first + 1} of {len(prompts)}",
             first=first + local.start,
         )
-        rows = [[] for _ in piece]
-        for (problem, _), group, kept in zip(piece, responses, rows, strict=True):
-            for k, response in enumerate(group):
+        rows = []
+        for (problem, _), group in zip(piece[local], responses, strict=True):
+            for response in group:
                 grade(response, problem, tokenizer, args.verifier)
-                kept.append(sample_row(response, set=name, id=problem.id, sample=k))
+            about = {"set": name, "id": problem.id}
+            rows.append([sample_row(r, **about, sample=k) for k, r in enumerate(group)])
         rows = parallel.all_gather(rows)
         on_rank_0(keep, part, rows)
         if not first:
@@ -261,9 +261,9 @@ def earlier(out, settings, problems, fresh) -> dict:
         raise ValueError(f"{out} holds files not of eval.py: name another --out") from None
     if changed := differences(old, settings):
         raise ValueError(f"{out} holds other results ({'; '.join(changed)}): name another --out")
-    for name in problems.keys() & old["sets"].keys():
-        score = old["sets"][name]
-        if score.get("data_sha256") != fingerprint(problems[name]) and not fresh:
+    for name, asked in problems.items():
+        score = old["sets"].get(name)
+        if score and score.get("data_sha256") != fingerprint(asked) and not fresh:
             raise ValueError(
                 f"{out} holds {name} with other questions ({score['questions']} of them, "
                 f"--limit {score.get('limit')}): name another --out, or replace it by --fresh"
@@ -273,13 +273,14 @@ def earlier(out, settings, problems, fresh) -> dict:
 
 def differences(old, new) -> list[str]:
     """The settings of a results.json that are not those of this run, in words."""
-    same_files = old.get("model_sha256") == new["model_sha256"]  # in another place, too
-    if old.get("model") == new["model"] and not same_files:
+    if old.get("model_sha256") == new["model_sha256"]:
+        old = {**old, "model": new["model"]}  # the same files in another place are the same model
+    elif old.get("model") == new["model"]:
         return [f"the files of {new['model']} have changed since"]
     changed = []
     for name in SETTINGS:
         there, now = old.get(name), new[name]
-        if there != now and not (name == "model" and same_files):
+        if there != now:
             changed.append(f"--{name.replace('_', '-')} {there!r:.100} there, {now!r:.100} now")
     return changed
 
@@ -348,9 +349,7 @@ def parse(argv=None):
     add("--verifier", "nanobupo", "hendrycks: the reference's string equality", choices=verifiers)
     add("--slots", None, slots, type=natural)
     add("--compile", None, "compile the decode step (default: on a GPU)", action=switch)
-    add(
-        "--dtype", None, "of the weights (default: bfloat16 on a GPU, else float32)", choices=dtypes
-    )
+    add("--dtype", None, "weights (default: bfloat16 on a GPU, else float32)", choices=dtypes)
     add("--device", "auto", "auto, cpu, cuda")
     add("--seed", 0, "of sampling", type=seed)
     add("--fresh", False, "sample the sets again that the folder holds", action="store_true")
@@ -359,7 +358,7 @@ def parse(argv=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# the command
+# main
 
 
 def tokens_a_row(prompts, args, config) -> int:
@@ -413,18 +412,12 @@ def main(argv=None):
                 on_rank_0(save_results, out, results)  # the folder is of these settings
             start = time.time()
             groups = evaluate(sampler, tokenizer, name, pairs, args, part)
-            sets[name] = {
-                **scores(groups),
-                "dropped_prompts": dropped,
-                "data_sha256": questions,
-                "device": device,
-                "torch": torch.__version__,
-                "limit": args.limit,
-                "model_commit": download.commit(folder),
-                "seconds": time.time() - start,
-            }
+            score = scores(groups) | {"dropped_prompts": dropped, "data_sha256": questions}
+            score |= {"device": device, "torch": torch.__version__, "limit": args.limit}
+            score |= {"model_commit": download.commit(folder), "seconds": time.time() - start}
+            sets[name] = score
             on_rank_0(finish, out, part, name, results)
-            say(line_of(name, sets[name]))
+            say(line_of(name, score))
     say(f"written: {out}/results.json and samples.jsonl")
 
 
