@@ -24,7 +24,7 @@ import json
 import time
 from collections import Counter
 from contextlib import nullcontext
-from itertools import chain
+from itertools import chain, islice
 from math import comb
 from os import fsync
 from pathlib import Path
@@ -152,7 +152,7 @@ ROUNDS = 32  # times that the slots are filled between two looks at the disk
 
 def evaluate(sampler, tokenizer, name, prompts, args, part):
     """The rows of K responses to each prompt of a set, K in a group, kept in `part` as they come;
-    those that are there already are not sampled again."""
+    those that are there already are not sampled again. Ranks share the questions of each piece."""
     groups = on_rank_0(sampled, part, prompts, args.samples)
     at_once = max(1, ROUNDS * sampler.slots * parallel.world() // args.samples)
     for first in range(len(groups), len(prompts), at_once):
@@ -199,13 +199,13 @@ def keep(part, groups):
 def sampled(part, prompts, n) -> list[list[dict]]:
     """The groups of n rows that a killed run left in `part`, whole ones from the first prompt on;
     what stands behind them, such as a torn line, is cut off."""
-    due = ((problem.id, k) for problem, _ in prompts for k in range(n))
-    rows = []
-    for row, expected in zip(each_row(part), due, strict=False):
-        if not row or (row.get("id"), row.get("sample")) != expected:
+    rows, groups = each_row(part), []
+    for problem, _ in prompts:
+        group = [row for row in islice(rows, n) if row]
+        found = [(row.get("id"), row.get("sample")) for row in group]
+        if found != [(problem.id, k) for k in range(n)]:
             break
-        rows.append(row)
-    groups = [rows[i : i + n] for i in range(0, len(rows) - n + 1, n)]
+        groups.append(group)
     if part.exists():
         replace(part, map(encoded, chain(*groups)))
     return groups
@@ -352,7 +352,7 @@ def parse(argv=None):
     add("--dtype", None, "weights (default: bfloat16 on a GPU, else float32)", choices=dtypes)
     add("--device", "auto", "auto, cpu, cuda")
     add("--seed", 0, "of sampling", type=seed)
-    add("--fresh", False, "sample the sets again that the folder holds", action="store_true")
+    add("--fresh", False, "sample the named sets again, and replace them", action="store_true")
     add("--out", None, "folder (default out/eval-MODEL, with the run of a step_000300 before it)")
     return p.parse_args(argv)
 
@@ -390,16 +390,16 @@ def main(argv=None):
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings["model_sha256"] = on_rank_0(identity, folder)
 
-    out, sampler = Path(args.out or f"out/eval-{folder_name(args.model)}"), None
+    out = Path(args.out or f"out/eval-{folder_name(args.model)}")
     with nullcontext() if parallel.rank() else checkpoint.lock(out):
         results = on_rank_0(earlier, out, settings, problems, args.fresh)
-        sets = results["sets"]
+        sets, sampler = results["sets"], None
         for name, (pairs, dropped) in prompts.items():
             questions = fingerprint(problems[name])
             # rows of other settings, or of other questions, are never taken for this set's
             digest = hashlib.sha256(json.dumps([settings, name, questions]).encode()).hexdigest()
             part = out / f".samples-{digest[:16]}.jsonl"
-            if name in sets or args.fresh:
+            if name in sets or args.fresh:  # what a kill has left
                 on_rank_0(part.unlink, missing_ok=True)
             if name in sets and not args.fresh:
                 say(f"{line_of(name, sets[name])}: {out} has it")
