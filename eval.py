@@ -21,35 +21,34 @@ to one model and one way of sampling; others are refused.
 import argparse
 import hashlib
 import json
-import math
-import os
-import shutil
 import time
+from collections import Counter
 from contextlib import nullcontext
+from itertools import chain, islice
+from math import comb
+from os import fsync
 from pathlib import Path
+from statistics import fmean, stdev
 
 import torch
 
 import verify
-from decompose import folder_name
 from plumbing import checkpoint, download, parallel
-from plumbing import tokenizer as tokenizers
-from plumbing.cli import guarded, natural, pick_device
+from plumbing.cli import Parser, amount, folder_name, guarded, natural, pick_device, seed
 from plumbing.data import DataError, fingerprint, load_problems
 from plumbing.hub import load_model, read_config, resolve
-from plumbing.rows import parse_json, printable, read_json
-from plumbing.tokenizer import SYSTEM
+from plumbing.parallel import on_rank_0
+from plumbing.rows import each_row, printable, read_json
+from plumbing.tokenizer import SYSTEM, load_tokenizer
 from rollout import Sampler
-from tools.plot import number
 from verify import Verdict
 
-# ----------------------------------------------------------------------------------------------
-# scores
+# --------------------------------------------------------------------------------------------------
+# what Avg@K and pass@k are: of K samples to each of N questions
 
 
 def avg_at_k(correct) -> float:
-    """Mean accuracy of one sample, from correct [N,K] of 0 and 1: K samples to each of N
-    questions."""
+    """Mean accuracy of one sample, from correct [N,K] of 0 and 1."""
     correct = torch.as_tensor(correct, dtype=torch.float64)
     if correct.dim() != 2 or not correct.numel():
         raise ValueError(f"correct must be [questions, samples], not {list(correct.shape)}")
@@ -58,51 +57,47 @@ def avg_at_k(correct) -> float:
 
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Probability that k samples drawn from n, of which c are correct, hold a correct one:
-    1 - C(n-c, k) / C(n, k), as a product."""
+    1 - C(n-c, k) / C(n, k)."""
     if not 0 <= c <= n or not 1 <= k <= n:
         raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, not n={n} c={c} k={k}")
-    fail = 1.0
-    for i in range(n - c + 1, n + 1):
-        fail *= max(0.0, 1 - k / i)
-    return 1 - fail
+    return 1 - comb(n - c, k) / comb(n, k)
 
 
 def scores(groups: list[list[dict]]) -> dict:
     """Avg@K with its standard error over questions, pass@k for powers of two up to K, lengths and
     reasons, of the rows of samples.jsonl: K in each of N groups."""
-    correct = torch.tensor([[row["reward"] for row in group] for group in groups]).double()  # [N,K]
-    N, K = correct.shape
-    rows = [row for group in groups for row in group]
-    ks = [2**i for i in range(K.bit_length()) if 2**i <= K]
-    reasons: dict[str, int] = {}
-    for row in rows:
-        reasons[row["reason"]] = reasons.get(row["reason"], 0) + 1
+    rows = list(chain(*groups))
+    correct = [[int(row["reward"]) for row in group] for group in groups]  # [N,K]
+    N, K = len(groups), len(groups[0])
+    passes = {}
+    for k in (2**i for i in range(K.bit_length())):
+        passes[f"pass@{k}"] = fmean(pass_at_k(K, sum(question), k) for question in correct)
     return {
         "questions": N,
         "samples": K,
         "avg@k": avg_at_k(correct),
-        "avg@k_stderr": (correct.mean(1).std() / N**0.5).item() if N > 1 else None,
-        **{f"pass@{k}": sum(pass_at_k(K, int(c), k) for c in correct.sum(1)) / N for k in ks},
-        "mean_length": sum(len(row["ids"]) for row in rows) / len(rows),
-        "truncated": sum(row["finish_reason"] != "stop" for row in rows) / len(rows),
-        "reasons": dict(sorted(reasons.items(), key=lambda kv: -kv[1])),
+        "avg@k_stderr": stdev(map(fmean, correct)) / N**0.5 if N > 1 else None,
+        **passes,
+        "mean_length": fmean(len(row["ids"]) for row in rows),
+        "truncated": fmean(row["finish_reason"] != "stop" for row in rows),
+        "reasons": dict(Counter(row["reason"] for row in rows).most_common()),
     }
 
 
 def line_of(name, score) -> str:
     """The scores of a set, for a person."""
-    error = "" if score["avg@k_stderr"] is None else f" +- {score['avg@k_stderr']:.3f}"
+    error = "" if score["avg@k_stderr"] is None else " +- {avg@k_stderr:.3f}"
     passes = "  ".join(f"{k} {v:.3f}" for k, v in score.items() if k.startswith("pass@"))
-    return (
-        f"{name}: Avg@{score['samples']} {score['avg@k']:.3f}{error}  {passes}  "
-        f"({score['questions']} questions, {score['dropped_prompts']} dropped, "
-        f"length {score['mean_length']:.0f}, truncated {score['truncated']:.0%}, "
-        f"{score['seconds']:.0f} s)"
+    line = (
+        "Avg@{samples} {avg@k:.3f}" + error + "  {passes}  ({questions} questions, "
+        "{dropped_prompts} dropped, length {mean_length:.0f}, truncated {truncated:.0%}, "
+        "{seconds:.0f} s)"
     )
+    return f"{name}: {line.format(passes=passes, **score)}"
 
 
-# ----------------------------------------------------------------------------------------------
-# sampling and grading; train.py does it with these functions too
+# --------------------------------------------------------------------------------------------------
+# prompts and grading; train.py does it with these functions too
 
 
 def encode_prompts(tokenizer, problems, max_prompt_tokens, system=SYSTEM, thinking=False):
@@ -125,6 +120,7 @@ def grade(response, problem, tokenizer, verifier="nanobupo"):
 
 
 def judge(text, gold, verifier) -> Verdict:
+    """Whether a response is right: by verify.py, or by the string equality of the reference."""
     if verifier == "nanobupo":
         return verify.grade(text, gold)
     correct = verify.hendrycks(text, gold)
@@ -148,334 +144,22 @@ def sample_row(response, **extra) -> dict:
     }
 
 
-# ----------------------------------------------------------------------------------------------
-# the flags
-
-
-def names(text):
-    """argparse type: names with commas, none twice."""
-    out = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if not out:
-        raise argparse.ArgumentTypeError("names no set: give a named set or a file")
-    return out
-
-
-def temperature(text):
-    """argparse type: a number from 0 on."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
-    return value
-
-
-def parse(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = p.add_argument
-    add("--model", required=True, help="folder, preset (qwen3-4b) or hub id")
-    add("--revision", help="branch, tag or commit of a model on the hub")
-    add(
-        "--data",
-        required=True,
-        type=names,
-        help="named set, .json/.jsonl/.parquet file, or several with commas",
-    )
-    add(
-        "--samples",
-        type=natural,
-        default=1,
-        help="responses to each question, K (default 1; tables on AIME use 32)",
-    )
-    add("--limit", type=natural, help="only the first so many questions of each set")
-    add("--temperature", type=temperature, default=1.0, help="0 is greedy (default 1)")
-    add(
-        "--max-new-tokens",
-        type=natural,
-        default=3072,
-        help="response tokens at most (default 3072)",
-    )
-    add(
-        "--max-prompt-tokens",
-        type=natural,
-        default=1024,
-        help="longer prompts are dropped and counted (default 1024)",
-    )
-    add("--system", default=SYSTEM, help="system prompt (default: the paper's)")
-    add(
-        "--thinking",
-        action="store_true",
-        help="Qwen3: leave thinking on (the paper turns it off)",
-    )
-    add("--format", default="auto", help="prompt format: auto, chatml, llama3, base (default auto)")
-    add(
-        "--verifier",
-        choices=("nanobupo", "hendrycks"),
-        default="nanobupo",
-        help="hendrycks: the reference's string equality",
-    )
-    add(
-        "--slots",
-        type=natural,
-        help="responses decoded together (default: the sampler's choice, on a GPU what the free "
-        "memory holds, at most 256, elsewhere 64)",
-    )
-    add(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="compile the decode step (default: on a GPU)",
-    )
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="of the weights (default: bfloat16 on cuda, float32 on cpu)",
-    )
-    add("--device", default="auto", help="auto, cpu, cuda (default auto)")
-    add("--seed", type=int, default=0, help="of sampling (default 0)")
-    add(
-        "--fresh",
-        action="store_true",
-        help="sample the sets again that the folder holds, and replace them",
-    )
-    add(
-        "--out",
-        help="folder for results.json and samples.jsonl (default out/eval-MODEL, with the run of a "
-        "step_000300 before it)",
-    )
-    p.error = lambda message: p.exit(2, f"eval.py: {message}; see python eval.py --help\n")
-    return p.parse_args(argv)
-
-
-def tokens_a_row(prompts, args, config) -> int:
-    """Tokens that the longest prompt and its response take; ValueError for more than the model was
-    made for."""
-    longest = max(len(ids) for pairs, _ in prompts.values() for _, ids in pairs)
-    if longest + args.max_new_tokens <= config.max_len:
-        return longest + args.max_new_tokens
-    advice = f"--max-new-tokens, to at most {config.max_len - longest}"
-    if longest >= config.max_len:
-        advice = "--max-prompt-tokens"
-    raise ValueError(
-        f"the longest prompt, {longest} tokens, and --max-new-tokens {args.max_new_tokens} exceed "
-        f"the {config.max_len} tokens this model was made for: lower {advice}"
-    )
-
-
-# ----------------------------------------------------------------------------------------------
-# the folder. The rows of a set go to a file of its own as they come. When all are there, that file
-# joins samples.jsonl, and then the scores join results.json. Both are replaced by a renaming: a
-# kill at any moment leaves what was there, and the rows sampled since.
-
-# what the scores depend on: sets that differ in one of these do not share a folder
-SETTINGS = (
-    "model_sha256",
-    "samples",
-    "temperature",
-    "max_new_tokens",
-    "max_prompt_tokens",
-    "system",
-    "thinking",
-    "format",
-    "verifier",
-    "dtype",
-    "seed",
-)
-
-
-def identity(folder) -> str:
-    """SHA-256 (hex) that tells models apart: of the files that make one, weights by their size and
-    by 256 pieces of 4 KB each. A step of training changes weights everywhere."""
-    texts = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
-    out = hashlib.sha256()
-    for path in [Path(folder) / name for name in texts]:
-        out.update(path.read_bytes() if path.is_file() else b"none")
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        size = path.stat().st_size
-        out.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as f:
-            for i in range(256):
-                f.seek(i * max(0, size - 4096) // 255)
-                out.update(f.read(4096))
-    return out.hexdigest()
-
-
-def earlier(out, now, fingerprints, fresh) -> dict:
-    """The results.json of a folder, or a new one with the settings `now`.
-
-    fingerprints: {set: SHA-256 of its questions} of the sets asked for. Raises ValueError, in one
-    line that says what differs, when the folder holds something else: results of other settings, or
-    of other questions under the name of one of these sets.
-    """
-    path, samples = out / "results.json", out / "samples.jsonl"
-    if samples.exists() and not (samples.is_file() and path.exists()):
-        raise ValueError(f"{samples} is not one of eval.py's: name another --out")
-    if not path.exists():
-        return {**now, "sets": {}}
-    old = read_json(path) if path.is_file() else {}
-    sets = old.get("sets")
-    if not isinstance(sets, dict) or not all(map(is_score, sets.values())):
-        raise ValueError(f"{path} is not one of eval.py's: name another --out")
-    if changed := differences(old, now):
-        raise ValueError(f"{out} holds other results ({'; '.join(changed)}): name another --out")
-    for name, sha256 in fingerprints.items():
-        if name in sets and sets[name].get("data_sha256") != sha256 and not fresh:
-            raise ValueError(
-                f"{out} holds {name} with other questions ({sets[name].get('questions')} of them, "
-                f"--limit {sets[name].get('limit')}): name another --out, or replace it by --fresh"
-            )
-    return old
-
-
-def is_score(value) -> bool:
-    """Whether this is what results.json holds of a set."""
-    known = (
-        "samples",
-        "avg@k",
-        "questions",
-        "dropped_prompts",
-        "mean_length",
-        "truncated",
-        "seconds",
-    )
-    return (
-        isinstance(value, dict)
-        and all(number(value.get(key)) for key in known)
-        and (value.get("avg@k_stderr") is None or number(value["avg@k_stderr"]))
-        and all(number(v) for key, v in value.items() if key.startswith("pass@"))
-    )
-
-
-def differences(old, now) -> list[str]:
-    """The settings of a results.json that are not those of this run, in words."""
-    changed = []
-    if "model_sha256" not in old:
-        changed.append("of an earlier version, which did not record the model")
-    elif old["model_sha256"] != now["model_sha256"]:
-        there = old.get("model")
-        same = there == now["model"]
-        changed.append(
-            f"the files of {there} have changed since"
-            if same
-            else f"--model {there!r:.100} there, {now['model']!r:.100} now"
-        )
-    for name in SETTINGS[1:]:
-        if old.get(name) != now[name]:
-            flag = f"--{name.replace('_', '-')}"
-            changed.append(f"{flag} {old.get(name)!r:.60} there, {now[name]!r:.60} now")
-    return changed
-
-
-def digest(value) -> str:
-    """A short name for a value that JSON can hold."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-def save_results(out, results):
-    """Replace results.json, whole or not at all."""
-    new = out / ".new-results.json"
-    with open(new, "w", encoding="utf-8") as f:
-        f.write(json.dumps(results, indent=1) + "\n")
-        f.flush()
-        os.fsync(f.fileno())
-    new.replace(out / "results.json")
-
-
-def encoded(row) -> bytes:
-    """A line of samples.jsonl. What UTF-8 cannot hold (half of a pair, out of a path) is an escape
-    of JSON's own."""
-    return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-
-
-def sampled(part, prompts, n) -> list[list[dict]]:
-    """The groups of n rows that a killed run left in `part`, whole ones from the first prompt on;
-    what stands behind them, such as a torn line, is cut off."""
-    if not part.exists():
-        return []
-    groups, group, size, whole = [], [], 0, 0
-    with open(part, "r+b") as f:
-        for line in f:
-            row = parse_json(line)
-            if len(groups) == len(prompts) or not isinstance(row, dict) or line[-1:] != b"\n":
-                break
-            problem, ids = prompts[len(groups)]
-            if (row.get("id"), row.get("sample"), row.get("prompt_ids")) != (
-                problem.id,
-                len(group),
-                ids,
-            ):
-                break
-            group.append(row)
-            size += len(line)
-            if len(group) == n:
-                groups.append(group)
-                group, whole = [], size
-        f.truncate(whole)
-    return groups
-
-
-def keep(part, groups):
-    """Add rows to a set's own file."""
-    with open(part, "ab") as f:
-        for group in groups:
-            f.writelines(map(encoded, group))
-
-
-def join(out, part, name):
-    """Put the rows of a set into samples.jsonl, in the place of earlier ones of that set."""
-    new, old = out / ".new-samples.jsonl", out / "samples.jsonl"
-    with open(new, "wb") as f:
-        if old.exists():
-            with open(old, "rb") as lines:
-                f.writelines(line for line in lines if set_of(line) != name)
-        with open(part, "rb") as rows:
-            shutil.copyfileobj(rows, f)
-        f.flush()
-        os.fsync(f.fileno())
-    new.replace(old)
-
-
-def set_of(line):
-    """The set that a line of samples.jsonl belongs to; None for a line that is no row."""
-    row = parse_json(line)
-    return row.get("set") if isinstance(row, dict) else None
-
-
-def finish(out, part, name, results):
-    """A set is complete: its rows, then its scores, and only then its own file goes."""
-    join(out, part, name)
-    save_results(out, results)
-    part.unlink()
-
-
-# ----------------------------------------------------------------------------------------------
-# the command
+# --------------------------------------------------------------------------------------------------
+# a set of problems. Its rows go to a file of its own, `part`, as they come
 
 ROUNDS = 32  # times that the slots are filled between two looks at the disk
 
 
-def say(text):
-    """Print a line, what would act on a terminal as escapes. That nobody reads it, or that the
-    terminal knows few letters, is `guarded`'s concern: it costs what is said, not what was
-    sampled."""
-    print(printable(text), flush=True)
-
-
 def evaluate(sampler, tokenizer, name, prompts, args, part):
     """The rows of K responses to each prompt of a set, K in a group, kept in `part` as they come;
-    those that are there already are not sampled again."""
-    groups = parallel.on_rank_0(sampled, part, prompts, args.samples)
+    those that are there already are not sampled again. Ranks share the questions of each piece."""
+    groups = on_rank_0(sampled, part, prompts, args.samples)
     at_once = max(1, ROUNDS * sampler.slots * parallel.world() // args.samples)
-    while len(groups) < len(prompts):
-        first = len(groups)
-        some = prompts[first : first + at_once]
-        local = parallel.local_slice(len(some))
+    for first in range(len(groups), len(prompts), at_once):
+        piece = prompts[first : first + at_once]
+        local = parallel.local_slice(len(piece))
         responses = sampler.generate(
-            [ids for _, ids in some[local]],
+            [ids for _, ids in piece[local]],
             args.samples,
             args.max_new_tokens,
             args.temperature,
@@ -485,28 +169,210 @@ def evaluate(sampler, tokenizer, name, prompts, args, part):
             progress=f"{name}, from question {first + 1} of {len(prompts)}",
             first=first + local.start,
         )
-        new = []
-        for group, (problem, _) in zip(responses, some[local], strict=True):
-            rows = []
-            for k, response in enumerate(group):
+        rows = []
+        for (problem, _), group in zip(piece[local], responses, strict=True):
+            for response in group:
                 grade(response, problem, tokenizer, args.verifier)
-                rows.append(sample_row(response, set=name, id=problem.id, sample=k))
-            new.append(rows)
-        new = parallel.all_gather(new)
-        parallel.on_rank_0(keep, part, new)
+            about = {"set": name, "id": problem.id}
+            rows.append([sample_row(r, **about, sample=k) for k, r in enumerate(group)])
+        rows = parallel.all_gather(rows)
+        on_rank_0(keep, part, rows)
         if not first:
-            prompt = tokenizer.decode(new[0][0]["prompt_ids"])
-            say(f"first prompt:\n{prompt}\nfirst response:\n{new[0][0]['response']}\n")
-        groups += new
+            prompt, response = tokenizer.decode(prompts[0][1]), rows[0][0]["response"]
+            say(f"first prompt:\n{prompt}\nfirst response:\n{response}\n")
+        groups += rows
     return groups
 
 
-def begin(out, parts, results):
-    """Remove what a killed run left half written, and the rows of sets that are not gone on with;
-    record the settings that the folder belongs to."""
-    for stale in [*out.glob(".new-*"), *parts]:
-        stale.unlink(missing_ok=True)
+def encoded(row) -> bytes:
+    """A line of samples.jsonl. What UTF-8 cannot hold (half of a pair, out of a path) is an escape
+    of JSON's own."""
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def keep(part, groups):
+    """Add rows to a set's own file."""
+    with open(part, "ab") as f:
+        f.writelines(map(encoded, chain(*groups)))
+
+
+def sampled(part, prompts, n) -> list[list[dict]]:
+    """The groups of n rows that a killed run left in `part`, whole ones from the first prompt on;
+    what stands behind them, such as a torn line, is cut off."""
+    rows, groups = each_row(part), []
+    for problem, _ in prompts:
+        group = [row for row in islice(rows, n) if row]
+        found = [(row.get("id"), row.get("sample")) for row in group]
+        if found != [(problem.id, k) for k in range(n)]:
+            break
+        groups.append(group)
+    if part.exists():
+        replace(part, map(encoded, chain(*groups)))
+    return groups
+
+
+def say(text):
+    """Print a line, what would act on a terminal as escapes."""
+    print(printable(text), flush=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# the folder. When all rows of a set are there, its own file joins samples.jsonl, and then its
+# scores join results.json. Both are replaced by a renaming: a kill at any moment leaves what was
+# there, and the rows sampled since
+
+# what the scores depend on: sets that differ in one of these do not share a folder
+SETTINGS = """model samples temperature max_new_tokens max_prompt_tokens system thinking
+    format verifier dtype seed""".split()
+
+
+def identity(folder) -> str:
+    """SHA-256 (hex) that tells models apart: of the files that make one, weights by their size and
+    by 256 pieces of 4 KB each. A step of training changes weights everywhere."""
+    digest = hashlib.sha256()
+    for name in "config generation_config tokenizer tokenizer_config".split():
+        path = Path(folder) / f"{name}.json"
+        digest.update(path.read_bytes() if path.is_file() else b"none")
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as f:
+            for i in range(256):
+                f.seek(i * max(0, size - 4096) // 255)
+                digest.update(f.read(4096))
+    return digest.hexdigest()
+
+
+def earlier(out, settings, problems, fresh) -> dict:
+    """The results.json of a folder, or a new one with these settings.
+
+    problems: {set: [Problem]} of the sets asked for. Raises ValueError, in one line that says what
+    differs, when the folder holds something else: results of other settings, or of other questions
+    under the name of one of these sets.
+    """
+    path = out / "results.json"
+    if not path.exists() and not (out / "samples.jsonl").exists():
+        return {**settings, "sets": {}}
+    try:
+        old = read_json(path)
+        for name, score in old["sets"].items():
+            line_of(name, score)  # what can be told in a line is a score
+    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError):
+        raise ValueError(f"{out} holds files not of eval.py: name another --out") from None
+    if changed := differences(old, settings):
+        raise ValueError(f"{out} holds other results ({'; '.join(changed)}): name another --out")
+    for name, asked in problems.items():
+        score = old["sets"].get(name)
+        if score and score.get("data_sha256") != fingerprint(asked) and not fresh:
+            raise ValueError(
+                f"{out} holds {name} with other questions ({score['questions']} of them, "
+                f"--limit {score.get('limit')}): name another --out, or replace it by --fresh"
+            )
+    return old
+
+
+def differences(old, new) -> list[str]:
+    """The settings of a results.json that are not those of this run, in words."""
+    if old.get("model_sha256") == new["model_sha256"]:
+        old = {**old, "model": new["model"]}  # the same files in another place are the same model
+    elif old.get("model") == new["model"]:
+        return [f"the files of {new['model']} have changed since"]
+    changed = []
+    for name in SETTINGS:
+        there, now = old.get(name), new[name]
+        if there != now:
+            changed.append(f"--{name.replace('_', '-')} {there!r:.100} there, {now!r:.100} now")
+    return changed
+
+
+def replace(path, lines):
+    """Write a file anew, whole or not at all."""
+    new = path.with_name(f".new-{path.name}")
+    with open(new, "wb") as f:
+        f.writelines(lines)
+        f.flush()
+        fsync(f.fileno())
+    new.replace(path)
+
+
+def save_results(out, results):
+    replace(out / "results.json", [json.dumps(results, indent=1).encode() + b"\n"])
+
+
+def finish(out, part, name, results):
+    """A set is complete: its rows, in the place of earlier ones of that set, then its scores, and
+    only then its own file goes."""
+    samples = out / "samples.jsonl"
+    others = (row for row in each_row(samples) if row and row.get("set") != name)
+    replace(samples, map(encoded, chain(others, each_row(part))))
     save_results(out, results)
+    part.unlink()
+
+
+# --------------------------------------------------------------------------------------------------
+# the flags
+
+
+def names(text):
+    """argparse type: names with commas, none twice."""
+    out = list(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
+    if not out:
+        raise argparse.ArgumentTypeError("names no set: give a named set or a file")
+    return out
+
+
+def parse(argv=None):
+    raw = argparse.RawDescriptionHelpFormatter
+    p = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+
+    def add(name, default, help, **more):
+        if default is not None and "action" not in more:
+            help += f" (default {default})"
+        p.add_argument(name, default=default, help=help, **more)
+
+    several = "named set, .json/.jsonl/.parquet file, or several with commas"
+    slots = "responses decoded together (default: the sampler's choice, on a GPU what fits)"
+    dtypes = ("float32", "bfloat16")
+    verifiers = ("nanobupo", "hendrycks")
+    switch = argparse.BooleanOptionalAction
+    add("--model", None, "folder, preset (qwen3-4b) or hub id", required=True)
+    add("--revision", None, "branch, tag or commit of a model on the hub")
+    add("--data", None, several, type=names, required=True)
+    add("--samples", 1, "responses to each question, K; tables on AIME use 32", type=natural)
+    add("--limit", None, "only the first so many questions of each set", type=natural)
+    add("--temperature", 1.0, "0 is greedy", type=amount)
+    add("--max-new-tokens", 3072, "response tokens at most", type=natural)
+    add("--max-prompt-tokens", 1024, "longer prompts are dropped and counted", type=natural)
+    add("--system", SYSTEM, "system prompt")
+    add("--thinking", False, "Qwen3: leave thinking on, unlike the paper", action="store_true")
+    add("--format", "auto", "prompt format: auto, chatml, llama3, base")
+    add("--verifier", "nanobupo", "hendrycks: the reference's string equality", choices=verifiers)
+    add("--slots", None, slots, type=natural)
+    add("--compile", None, "compile the decode step (default: on a GPU)", action=switch)
+    add("--dtype", None, "weights (default: bfloat16 on a GPU, else float32)", choices=dtypes)
+    add("--device", "auto", "auto, cpu, cuda")
+    add("--seed", 0, "of sampling", type=seed)
+    add("--fresh", False, "sample the named sets again, and replace them", action="store_true")
+    add("--out", None, "folder (default out/eval-MODEL, with the run of a step_000300 before it)")
+    return p.parse_args(argv)
+
+
+# --------------------------------------------------------------------------------------------------
+# main
+
+
+def tokens_a_row(prompts, args, config) -> int:
+    """Tokens that the longest prompt and its response take; ValueError for more than the model was
+    made for."""
+    longest = max(len(ids) for pairs, _ in prompts.values() for _, ids in pairs)
+    room = config.max_len - longest
+    if args.max_new_tokens <= room:
+        return longest + args.max_new_tokens
+    advice = f"--max-new-tokens, to at most {room}" if room > 0 else "--max-prompt-tokens"
+    raise ValueError(
+        f"the longest prompt, {longest} tokens, and --max-new-tokens {args.max_new_tokens} exceed "
+        f"the {config.max_len} tokens this model was made for: lower {advice}"
+    )
 
 
 def main(argv=None):
@@ -514,39 +380,43 @@ def main(argv=None):
     device = pick_device(args.device)
     on_gpu = device.startswith("cuda")
     dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
-    sets = {name: load_problems(name, limit=args.limit) for name in args.data}
+    problems = {name: load_problems(name, limit=args.limit) for name in args.data}
     folder = resolve(args.model, args.revision)
-    tokenizer = tokenizers.load_tokenizer(folder, args.format)
+    tokenizer = load_tokenizer(folder, args.format)
     limits = args.max_prompt_tokens, args.system, args.thinking
-    prompts = {name: encode_prompts(tokenizer, p, *limits) for name, p in sets.items()}
+    prompts = {name: encode_prompts(tokenizer, p, *limits) for name, p in problems.items()}
     max_len = tokens_a_row(prompts, args, read_config(read_json(folder / "config.json")))
-    about = {"device": device, "torch": torch.__version__, "limit": args.limit}
-    about["model_commit"] = download.commit(folder)
-    found = {"model_sha256": parallel.on_rank_0(identity, folder), "dtype": str(dtype)}
-    found |= {"format": tokenizer.format}
-    now = {"model": args.model} | {name: (vars(args) | found)[name] for name in SETTINGS}
+    vars(args).update(dtype=str(dtype), format=tokenizer.format)
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings["model_sha256"] = on_rank_0(identity, folder)
+
     out = Path(args.out or f"out/eval-{folder_name(args.model)}")
-    data = {name: fingerprint(problems) for name, problems in sets.items()}
-    parts = {name: out / f".samples-{digest([now, data[name]])}.jsonl" for name in sets}
     with nullcontext() if parallel.rank() else checkpoint.lock(out):
-        results = parallel.on_rank_0(earlier, out, now, data, args.fresh)
-        todo = [name for name in sets if args.fresh or name not in results["sets"]]
-        for name in [name for name in sets if name not in todo]:
-            say(f"{line_of(name, results['sets'][name])}: {out} has it")
-        if todo:
-            model = load_model(folder, dtype, device)
-            compiled = on_gpu if args.compile is None else args.compile
-            sampler = Sampler(model, args.slots, max_len, compile=compiled)
-            sampler.start()
-        stale = [parts[name] for name in sets if args.fresh or name not in todo]
-        parallel.on_rank_0(begin, out, stale, results)
-        for name in todo:
-            start, (pairs, dropped) = time.time(), prompts[name]
-            groups = evaluate(sampler, tokenizer, name, pairs, args, parts[name])
-            score = {**scores(groups), "dropped_prompts": dropped, "data_sha256": data[name]}
-            score |= {**about, "seconds": time.time() - start}
-            results["sets"][name] = score
-            parallel.on_rank_0(finish, out, parts[name], name, results)
+        results = on_rank_0(earlier, out, settings, problems, args.fresh)
+        sets, sampler = results["sets"], None
+        for name, (pairs, dropped) in prompts.items():
+            questions = fingerprint(problems[name])
+            # rows of other settings, or of other questions, are never taken for this set's
+            digest = hashlib.sha256(json.dumps([settings, name, questions]).encode()).hexdigest()
+            part = out / f".samples-{digest[:16]}.jsonl"
+            if name in sets or args.fresh:  # what a kill has left
+                on_rank_0(part.unlink, missing_ok=True)
+            if name in sets and not args.fresh:
+                say(f"{line_of(name, sets[name])}: {out} has it")
+                continue
+            if not sampler:
+                compiled = on_gpu if args.compile is None else args.compile
+                model = load_model(folder, dtype, device)
+                sampler = Sampler(model, args.slots, max_len, compile=compiled)
+                sampler.start()
+                on_rank_0(save_results, out, results)  # the folder is of these settings
+            start = time.time()
+            groups = evaluate(sampler, tokenizer, name, pairs, args, part)
+            score = scores(groups) | {"dropped_prompts": dropped, "data_sha256": questions}
+            score |= {"device": device, "torch": torch.__version__, "limit": args.limit}
+            score |= {"model_commit": download.commit(folder), "seconds": time.time() - start}
+            sets[name] = score
+            on_rank_0(finish, out, part, name, results)
             say(line_of(name, score))
     say(f"written: {out}/results.json and samples.jsonl")
 

@@ -19,7 +19,7 @@ import eval as evaluation
 import tiny
 from eval import avg_at_k, pass_at_k, scores
 from model import Config, Transformer
-from plumbing.cli import guarded, short_name
+from plumbing.cli import folder_name, guarded, short_name
 from plumbing.data import load_problems
 from plumbing.hub import save_model
 
@@ -77,10 +77,8 @@ def test_scores_of_made_up_answers():
     s = scores([[evaluation.sample_row(a) for a in group] for group in answered])
     assert (s["questions"], s["samples"], s["avg@k"], s["pass@1"]) == (3, 2, 0.5, 0.5)
     assert (s["mean_length"], s["truncated"]) == (4, 0.5)
-    assert s["pass@2"] == pytest.approx(2 / 3) and s["reasons"] == {
-        "equal: string": 3,
-        "different": 3,
-    }
+    assert s["pass@2"] == pytest.approx(2 / 3)
+    assert s["reasons"] == {"equal: string": 3, "different": 3}
     assert s["avg@k_stderr"] == pytest.approx(torch.tensor([0.5, 1, 0]).std().item() / 3**0.5)
 
 
@@ -89,6 +87,9 @@ def test_short_name():
         short_name(x)
         for x in ("Qwen/Qwen3-4B", "a/b/math500.parquet", "x.jsonl", "out/run/", "qwen2.5-0.5b")
     ] == ["Qwen3-4B", "math500", "x", "run", "qwen2.5-0.5b"]
+    assert folder_name("Qwen/Qwen3-4B") == "Qwen3-4B"
+    assert folder_name("out/run/step_000300") == "run-step_000300"
+    assert folder_name("out/run/warm-up") == "run-warm-up"
 
 
 QUESTIONS = [
@@ -167,11 +168,13 @@ def test_command(folder, tmp_path, capsys):
     known = {"avg@k", "avg@k_stderr", "pass@1", "pass@2", "pass@4", "mean_length", "truncated"}
     assert set(score) >= known | {"data_sha256"} and score["questions"] == 9
     rows = rows_of(out)
-    assert len(rows) == 36 and [r["question"] for r in rows[::4]] == QUESTIONS
+    assert len(rows) == 36
+    assert [r["question"] for r in rows[::4]] == QUESTIONS
     known = {"question", "answer", "response", "extracted", "reward", "reason", "finish_reason"}
     assert set(rows[0]) >= known | {"prompt_ids", "ids", "set", "id", "sample"}
     for r in rows:
-        assert (r["ids"][-1] == tiny.END) == (r["finish_reason"] == "stop") and len(r["ids"]) <= 12
+        assert (r["ids"][-1] == tiny.END) == (r["finish_reason"] == "stop")
+        assert len(r["ids"]) <= 12
     assert score["avg@k"] == pytest.approx(sum(r["reward"] for r in rows) / len(rows))
     assert {p.name for p in out.iterdir()} == {"LOCK", "results.json", "samples.jsonl"}
 
@@ -196,7 +199,8 @@ def test_sets_are_added(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "load_model", None)
     run(folder, out, data=f"{problems},{others}")
     said = capsys.readouterr().out
-    assert said.count("has it") == 2 and said.count("Avg@2") == 2 and bytes_of(out) == before
+    assert said.count("has it") == said.count("Avg@2") == 2
+    assert bytes_of(out) == before
 
 
 def test_checkpoints_of_two_runs_have_folders_of_their_own(folder, tmp_path, monkeypatch):
@@ -281,10 +285,12 @@ def test_fresh_replaces_one_set(folder, tmp_path, capsys):
     before = rows_of(out)
     data.write_text('{"problem": "5+5", "answer": 10}\n')
     code, said = refused(capsys, folder, out, data=data)
-    assert code == 2 and "replace it by --fresh" in said and rows_of(out) == before
+    assert code == 2 and "replace it by --fresh" in said
+    assert rows_of(out) == before
     run(folder, out, "--fresh", data=data)
     assert [s["questions"] for s in results_of(out)["sets"].values()] == [1, 9]
-    assert rows_of(out) == [*before[6:], *rows_of(out)[18:]] and len(rows_of(out)) == 20
+    assert rows_of(out) == [*before[6:], *rows_of(out)[18:]]
+    assert len(rows_of(out)) == 20
 
 
 @pytest.mark.parametrize(
@@ -408,13 +414,15 @@ def test_killed_beside_earlier_sets(folder, whole, killed, tmp_path):
     killed(flags(folder, out), "second piece")
     after = bytes_of(out)
     (part,) = after.keys() - before.keys()
-    assert {k: v for k, v in after.items() if k != part} == before and part.startswith(".samples-")
+    assert {k: v for k, v in after.items() if k != part} == before
+    assert part.startswith(".samples-")
     assert len(after[part].splitlines()) >= 4
     (tmp_path / "third.jsonl").write_text('{"problem": "9+9", "answer": 18}\n')
     run(folder, out, data=tmp_path / "third.jsonl")
     assert (out / part).read_bytes() == after[part]
     run(folder, out)
-    assert rows_of(out)[-18:] == rows_of(whole) and len(rows_of(out)) == 6 + 2 + 18
+    assert rows_of(out)[-18:] == rows_of(whole)
+    assert len(rows_of(out)) == 6 + 2 + 18
 
 
 def test_a_killed_run_of_other_settings_is_refused(folder, killed, tmp_path, capsys):
@@ -424,7 +432,8 @@ def test_a_killed_run_of_other_settings_is_refused(folder, killed, tmp_path, cap
     assert "--seed 0 there, 1 now" in refused(capsys, folder, out, seed=1)[1]
     (out / "results.json").unlink()
     run(folder, out, seed=1)  # nothing of the killed run is taken for this one's
-    assert {r["sample"] for r in rows_of(out)} == {0, 1} and len(rows_of(out)) == 18
+    assert {r["sample"] for r in rows_of(out)} == {0, 1}
+    assert len(rows_of(out)) == 18
     alone = tmp_path / "alone"
     run(folder, alone, seed=1)
     assert rows_of(out) == rows_of(alone)
@@ -444,7 +453,7 @@ def test_rows_left_behind(folder, tmp_path):
         (lines[0], 0),
         (b"".join(lines[:5]), 2),
         (b"".join(lines[:4]) + lines[4][:-1], 2),
-        (b"".join(lines[:4]) + lines[4] + lines[5][:-1], 2),  # whole, but for its end
+        (b"".join(lines[:5]) + lines[5][:-1], 3),  # whole, but for its end
         (b"".join(lines[:2]) + b"[]\n" + b"".join(lines[2:]), 1),
         (b"".join(lines[:2]) + bytes(100) + b"".join(lines[2:]), 1),
         (b"".join(lines[2:]), 0),  # not from the first prompt on
