@@ -34,11 +34,12 @@ import torch
 
 import verify
 from plumbing import checkpoint, download, parallel
-from plumbing.cli import Parser, amount, folder_name, guarded, natural, pick_device, seed
+from plumbing.cli import Parser, amount, guarded, natural, pick_device, seed
 from plumbing.data import DataError, fingerprint, load_problems
 from plumbing.hub import load_model, read_config, resolve
 from plumbing.parallel import on_rank_0
 from plumbing.rows import each_row, printable, read_json
+from plumbing.runs import folder_name
 from plumbing.tokenizer import SYSTEM, load_tokenizer
 from rollout import Sampler
 from verify import Verdict

@@ -217,10 +217,3 @@ def pick_device(name):
 def short_name(name_or_path) -> str:
     """A word for folder names: the last part of a path or hub id, without its ending."""
     return re.sub(r"[^\w.-]|\.(parquet|jsonl?)$", "", Path(name_or_path).name)
-
-
-def folder_name(model) -> str:
-    """The short name of a model; of a checkpoint (step_000300, warm-up) with its run before it."""
-    path = Path(model).resolve()
-    name = short_name(path)
-    return f"{short_name(path.parent)}-{name}" if re.match("step_|warm-up", name) else name

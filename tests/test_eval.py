@@ -19,9 +19,10 @@ import eval as evaluation
 import tiny
 from eval import avg_at_k, pass_at_k, scores
 from model import Config, Transformer
-from plumbing.cli import folder_name, guarded, short_name
+from plumbing.cli import guarded, short_name
 from plumbing.data import load_problems
 from plumbing.hub import save_model
+from plumbing.runs import folder_name
 
 
 @pytest.mark.parametrize(
@@ -88,8 +89,12 @@ def test_short_name():
         for x in ("Qwen/Qwen3-4B", "a/b/math500.parquet", "x.jsonl", "out/run/", "qwen2.5-0.5b")
     ] == ["Qwen3-4B", "math500", "x", "run", "qwen2.5-0.5b"]
     assert folder_name("Qwen/Qwen3-4B") == "Qwen3-4B"
-    assert folder_name("out/run/step_000300") == "run-step_000300"
-    assert folder_name("out/run/warm-up") == "run-warm-up"
+
+
+def test_folders_of_checkpoints_are_named_after_their_run(tmp_path):
+    for name in ("step_000300", "warm-up"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        assert folder_name(tmp_path / "run" / name) == f"run-{name}"
 
 
 QUESTIONS = [

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import zlib
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -423,7 +424,7 @@ def test_split_optimizers_train_and_resume(folder, tmp_path, optimizer):
 def test_deviations_of_rewards_by_hand():
     """reward_std is TRL's, of the whole batch; reward_group_std the mean of those within groups."""
     groups = [[answered(r, 3) for r in row] for row in ([1, 1, 1, 1], [1, 0, 0, 0])]
-    meter = metrics.Meter(seconds={"rollout": 1.0, "backward": 1.0})
+    meter = metrics.Meter(seconds=Counter(rollout=1.0, backward=1.0))
     model = SimpleNamespace(config=SimpleNamespace(n_layers=3))
     run = SimpleNamespace(meter=meter, model=model, num_tokens=100)
     row = metrics.row(run, 7, 3, groups, groups)
@@ -689,10 +690,9 @@ def test_a_figure_that_cannot_be_drawn_is_a_line(folder, tmp_path, capsys, monke
     monkeypatch.setattr(figures.subprocess, "run", no_matplotlib)
     guarded(train.main, flags(folder, tmp_path / "r", steps=1))
     said = capsys.readouterr()
-    assert (
-        "figures are not drawn (ImportError: no matplotlib)" in said.err
-        and said.out.splitlines()[-1].startswith("accuracy ")
-    )
+    assert "figures not drawn (ImportError: no matplotlib)" in said.err and said.out.splitlines()[
+        -1
+    ].startswith("accuracy ")
 
 
 def test_texts_of_the_model_cannot_steer_the_terminal(folder, tmp_path, capsys, monkeypatch):
