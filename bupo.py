@@ -5,9 +5,10 @@ steps, then on the whole model.
     pi^L = softmax(norm(H^L) E_u^T / T)        the model's own policy
 
 Responses are always sampled from pi^L. In an internal phase the old and the new log-probs both come
-from pi^l, the ratio is pi^l / pi^l_old, and the forward stops at block l: the blocks above are
-never run, their gradients are None, and an optimizer leaves them and their moments alone. All else
-is GRPO, and GRPO is this at l = L.
+from pi^l, and the ratio is pi^l / pi^l_old. The forward stops at block l, so a step trains blocks
+1..l, the embedding and E_u. The blocks above and the final norm are never run, their gradients are
+None, and an optimizer leaves them and their moments alone. All else is GRPO, and GRPO is this at
+l = L.
 """
 
 from dataclasses import dataclass
@@ -23,13 +24,15 @@ class InternalPolicy(Policy):
     have none there.
     """
 
-    layer: int = 0
+    layer: int = 0  # always given: 0 would be the bare embedding's, which nobody trains
     norm: str = "none"
 
-    def states(self, batch):
+    def states(self, batch):  # [M,D]; what differs from GRPO
         h = self.model(batch.ids, until=self.layer, **batch.forward)
-        h = h.flatten(0, -2)[batch.at]
-        return self.model.final(h, self.layer) if self.norm == "none" else self.model.norm(h)
+        h = h.flatten(0, -2)[batch.positions]
+        if self.norm == "final":
+            return self.model.norm(h)
+        return self.model.norm_at(h, self.layer)  # none below L
 
 
 @dataclass(frozen=True)

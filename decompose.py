@@ -529,14 +529,14 @@ def attribute(model, ids, prompt_len, temperature=1.0, fills=FILLS):
     token = ids[0, prompt_len:]
     at = slice(prompt_len - 1, -1)
     H_L = model(ids)
-    angles = model.angles(ids)
+    cos_sin = model.cos_sin(ids)
     scale = torch.rsqrt(H_L[0, at].float().square().mean(-1, keepdim=True) + model.config.norm_eps)
     towards = model.norm.weight.float() * E[token].float() * scale / temperature  # [M,D]
 
     def logprob(h, layer):
         """Of the response, from H^layer."""
         for block in model.blocks[layer:]:
-            h = block(h, angles, causal)
+            h = block(h, cos_sin, causal)
         logprobs, _ = token_logprobs(model.norm(h[0, at]), E, token, temperature)
         return float(logprobs.mean())
 

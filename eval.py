@@ -114,10 +114,11 @@ def encode_prompts(tokenizer, problems, max_prompt_tokens, system=SYSTEM, thinki
 
 
 def grade(response, problem, tokenizer, verifier="nanobupo"):
-    """Decode a response to a problem and judge it."""
+    """Decode a response to a problem and judge it: reward 1 or 0."""
     ids = response.ids[:-1] if response.stopped else response.ids
     response.problem, response.text = problem, tokenizer.decode(ids)
     response.verdict = judge(response.text, problem.answer, verifier)
+    response.reward = float(response.verdict.correct)
 
 
 def judge(text, gold, verifier) -> Verdict:
@@ -137,7 +138,7 @@ def sample_row(response, **extra) -> dict:
         "answer": response.problem.answer,
         "response": response.text,
         "extracted": verdict.extracted,
-        "reward": float(verdict.correct),
+        "reward": response.reward,
         "reason": verdict.reason,
         "finish_reason": "stop" if response.stopped else "length",
         "prompt_ids": response.prompt,
@@ -409,7 +410,7 @@ def main(argv=None):
                 compiled = on_gpu if args.compile is None else args.compile
                 model = load_model(folder, dtype, device)
                 sampler = Sampler(model, args.slots, max_len, compile=compiled)
-                sampler.start()
+                sampler.allocate()
                 on_rank_0(save_results, out, results)  # the folder is of these settings
             start = time.time()
             groups = evaluate(sampler, tokenizer, name, pairs, args, part)

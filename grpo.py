@@ -69,13 +69,17 @@ def overlong_penalty(length: int, limit: int, buffer: int) -> float:
 
 @dataclass
 class Batch:
-    """Right-padded responses [B,T], or packed ones: end to end [T]. `at` picks, from all positions,
-    those whose policy produced the response tokens, in order."""
+    """Right-padded responses [B,T], or packed ones: end to end [T].
+
+    A response token stands one to the right of the state that produced it:
+
+        prompt p p p, response r r      ids        p p p r r
+                                        positions      ^ ^
+    """
 
     # [B,T] or [T]; what stands right of a padded response is never looked at
     ids: torch.Tensor
-    # [M] flat positions: a response token sits one to the right of the state that produced it
-    at: torch.Tensor
+    positions: torch.Tensor  # [M], in ids laid flat, of states whose policy drew a response token
     targets: torch.Tensor  # [M] the response tokens
     advantages: torch.Tensor  # [M]
     lengths: list[int]  # response tokens of each row, sum = M
@@ -89,20 +93,20 @@ def collate(responses: list[Response], device="cpu", pack=False) -> Batch:
     rows = [torch.tensor(r.prompt + r.ids) for r in responses]
     lengths = [len(r.ids) for r in responses]
     ids = torch.cat(rows) if pack else pad_sequence(rows, batch_first=True)
-    at, start = [], 0  # start: of a row, in all positions
+    positions, start = [], 0  # start: of a row, in ids laid flat
     for r, row in zip(responses, rows, strict=True):
         first = start + len(r.prompt) - 1
-        at.append(torch.arange(first, first + len(r.ids)))
+        positions.append(torch.arange(first, first + len(r.ids)))
         start += len(row) if pack else ids.shape[1]
-    at = torch.cat(at)
-    targets = ids.flatten()[at + 1]
+    positions = torch.cat(positions)
+    targets = ids.flatten()[positions + 1]
     advantages = per_token([r.advantage for r in responses], lengths)
     forward = {}
     if pack:
         position = torch.cat([torch.arange(len(row)) for row in rows])
         forward["position"] = position.to(device)
         forward["attend"] = packed([len(row) for row in rows], device)
-    tensors = [t.to(device) for t in (ids, at, targets, advantages)]
+    tensors = [t.to(device) for t in (ids, positions, targets, advantages)]
     return Batch(*tensors, lengths, forward)
 
 
@@ -117,17 +121,18 @@ def micro_batches(responses: list[Response], max_tokens: int, pack=False) -> lis
     response longer than max_tokens gets a list of its own."""
     out, room = [], 0
     for r in sorted(responses, key=lambda r: -r.total_length):
-        if pack or not out:
-            size = r.total_length  # padded: as wide as the first of its list
-        if size > room:
+        width = r.total_length
+        if out and not pack:
+            width = out[-1][0].total_length  # padded to the first of its list
+        if width > room:
             out.append([])
-            size, room = r.total_length, max_tokens
+            width, room = r.total_length, max_tokens
         out[-1].append(r)
-        room -= size
+        room -= width
     return out
 
 
-# what a rank runs while others still have micro-batches: see parallel.in_step
+# what a rank runs while others still have micro-batches, for every forward is a meeting of all
 IDLE = [Response(prompt=[0], ids=[0], logprobs=[0.0])]
 
 
@@ -175,7 +180,11 @@ def token_logprobs(
 
 class _TokenLogprobs(torch.autograd.Function):
     """Logits of one chunk at a time, forward and again backward: peak memory is a chunk, not [M,V],
-    for a third more head FLOPs."""
+    for a third more head FLOPs.
+
+        log p_t = z_t - log Z        H = log Z - sum_v e^z_v z_v / Z        Z = sum_v e^z_v
+        d log p_t / d z = one-hot(t) - softmax(z)
+    """
 
     @staticmethod
     def forward(ctx, h, E, targets, temperature, n_vocab, chunk):
@@ -187,16 +196,14 @@ class _TokenLogprobs(torch.autograd.Function):
             part = slice(i, i + chunk)
             z = _logits(h[part], rows, temperature, n_vocab)  # [chunk, V] float32
             top = z.amax(-1, keepdim=True)
-            z -= top
+            z -= top  # so that no exponential overflows
             own = z.gather(1, targets[part, None])
             e = z.exp()
             total = e.sum(-1)
             lse[part] = top[:, 0] + total.log()
             logp[part] = own[:, 0] - total.log()
             e *= z
-            entropy[part] = (
-                total.log() - e.sum(-1) / total
-            )  # - sum p ln p, nothing large subtracted
+            entropy[part] = total.log() - e.sum(-1) / total
             del z, e  # before the next chunk takes its memory
         ctx.save_for_backward(h, E, targets, lse)
         ctx.rest = temperature, n_vocab, chunk
@@ -229,7 +236,7 @@ class _TokenLogprobs(torch.autograd.Function):
 def _rows(E, n_vocab):
     """The rows of E_u whose logits are computed. In half precision all of them, for fast kernels
     refuse an odd number such as the 151,669 tokens of Qwen3; `_logits` masks the rest."""
-    return E if kernels.half(E.dtype) else E[:n_vocab]
+    return E if kernels.is_half(E.dtype) else E[:n_vocab]
 
 
 def _logits(h, E, temperature, n_vocab):
@@ -257,7 +264,7 @@ class Policy:
         """[M,D]: what the unembedding sees where response tokens are drawn. They are picked before
         the final norm: prompts and padding never reach it."""
         h = self.model(batch.ids, **batch.forward)
-        h = h.flatten(0, -2)[batch.at]
+        h = h.flatten(0, -2)[batch.positions]
         return self.model.norm(h)
 
     def logprobs(self, batch: Batch):
@@ -292,8 +299,8 @@ def policy_loss(
     """The clipped surrogate, one value a token (a loss: minimise it): -min(rho A, clip(rho, 1 -
     low, 1 + high) A). With the dual clip no token whose ratio exploded owns the step.
 
-    Returns (loss [M], low [M], high [M]): low and high mark the tokens the clip has silenced below
-    and above. The log-ratio is held within +-20, so that exp never overflows.
+    Returns (loss [M], clipped_low [M], clipped_high [M]): masks of the tokens that the clip has
+    silenced below and above. The log-ratio is held within +-20, so that exp never overflows.
     """
     ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()
     near = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -304,17 +311,17 @@ def policy_loss(
         bounded = torch.minimum(loss, -advantages * dual_clip)
         loss = torch.where(advantages < 0, bounded, loss)
     silenced = clipped > plain
-    low = silenced & (advantages < 0)
-    high = silenced & (advantages > 0)
-    return loss, low, high
+    clipped_low = silenced & (advantages < 0)
+    clipped_high = silenced & (advantages > 0)
+    return loss, clipped_low, clipped_high
 
 
 def kl_to_reference(logprobs, reference):
     """The k3 estimate of KL(pi || pi_ref) at sampled tokens, nats: exp(d) - 1 - d with d = log
     pi_ref - log pi; never negative.
 
-    Schulman's "Approximating KL divergence". As in the reference the estimate is at most 10, where
-    its gradient ends: no token pulls with more than exp(2.6) - 1 = 12.5.
+    Schulman's "Approximating KL divergence". As in the paper's code the estimate is at most 10,
+    where its gradient ends: no token pulls with more than exp(2.6) - 1 = 12.5.
     """
     d = (reference - logprobs).clamp(-20, 20)
     estimate = d.expm1() - d  # exp(d) - 1 would round a small d's estimate below 0
@@ -345,7 +352,7 @@ def backward(
     clip_low=0.2,
     clip_high=0.2,
     dual_clip=10.0,
-    loss="token-mean",
+    weighting="token-mean",
     limit=None,
     kl=0.0,
     tis=None,
@@ -358,34 +365,34 @@ def backward(
     the responses, nor on the number of ranks they are dealt to. Where no old log-probs are stored
     the ratio is 1 and its gradient that of log pi, which is right for the first update on a batch.
 
-    loss, limit  how tokens are weighed: see response_weights
-    kl           adds kl * k3 against each response's ref_logprobs
-    tis          token-level truncated importance sampling: the surrogate times min(pi_old /
-                 pi_sampler, tis), for the numerical distance between trainer and sampler. At l = L
-                 only: below it the two are different policies on purpose
-    returns      tokens, and sums over them: loss (weighted), entropy, clip_low, clip_high, kl
+    weighting, limit   how much a token counts: see response_weights
+    kl     adds kl * k3 against each response's ref_logprobs
+    tis    token-level truncated importance sampling: the surrogate times min(pi_old /
+           pi_sampler, tis), for the numerical distance between trainer and sampler. At l = L
+           only: below it the two are different policies on purpose
+    returns    tokens, and sums over them: loss (weighted), entropy, clip_low, clip_high, kl
     """
     responses = [r for r in responses if r.ids]
-    weights = response_weights([len(r.ids) for r in responses], loss, limit)
+    weights = response_weights([len(r.ids) for r in responses], weighting, limit)
     for r, weight in zip(responses, weights, strict=True):
         r.weight = weight
     sums = dict.fromkeys(("loss", "entropy", "clip_low", "clip_high", "kl"), 0.0)
     local = parallel.local_responses(responses)
     for micro, batch in batches(policy.model, local, max_tokens, pack):
         logprobs, entropy = policy.logprobs(batch)
-        if not micro:
+        if not micro:  # nothing is left here, but other ranks wait for this one
             (0 * logprobs.sum()).backward()
             continue
-        old = logprobs.detach()
+        old = logprobs.detach()  # none are stored for a step of one update: the ratio is 1
         if micro[0].old_logprobs is not None:
             old = torch.cat([r.old_logprobs for r in micro])
-        surrogate, low, high = policy_loss(
+        surrogate, clipped_low, clipped_high = policy_loss(
             logprobs, old, batch.advantages, clip_low, clip_high, dual_clip
         )
         if tis and policy.layer == policy.model.config.n_layers:
             drawn = [x for r in micro for x in r.logprobs]
-            ratio = (old - torch.tensor(drawn, device=old.device)).exp()
-            surrogate = surrogate * ratio.clamp(max=tis)
+            mismatch = (old - torch.tensor(drawn, device=old.device)).exp()
+            surrogate = surrogate * mismatch.clamp(max=tis)
         k3 = torch.zeros_like(logprobs)
         if kl:
             reference = torch.cat([r.ref_logprobs for r in micro])
@@ -393,7 +400,7 @@ def backward(
         weight = per_token([r.weight for r in micro], batch.lengths)
         value = ((surrogate + kl * k3) * weight.to(old.device)).sum()
         value.backward()
-        for name, x in zip(sums, (value, entropy, low, high, k3), strict=True):
+        for name, x in zip(sums, (value, entropy, clipped_low, clipped_high, k3), strict=True):
             sums[name] += x.detach().sum().item()
     sums = parallel.all_reduce(sums)
     sums["tokens"] = sum(len(r.ids) for r in responses)

@@ -8,6 +8,9 @@
                                at l = L only
     model.stream(ids)          every attn_out, resid_mid, mlp_out, resid_post, one block at a time
 
+Shapes: B sequences of T tokens, D wide; H query heads and K key/value heads of E numbers each; V
+tokens in the vocabulary; L blocks. E_u [V,D] is the unembedding, H^l a state, F^l an MLP's write.
+
 Families: llama (with 3.x rope scaling), qwen2 (QKV bias), qwen3 (QK norm), mistral without a
 sliding window; no dropout, no quantised weights. Query, key and value are one matrix, and so are
 gate and up. Attention is a function handed to the block, `attend(layer, q, k, v)`, so that the
@@ -70,17 +73,33 @@ class RMSNorm(nn.Module):
         return self.weight * x32.to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """x W^T + b, as nn.Linear, but faster in float32 on a CPU, and gradients of half-precision
+    weights come in float32."""
+
+    def forward(self, x):
+        return kernels.linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Embedding):
+    """As nn.Embedding, but a half-precision table's gradient comes in float32."""
+
+    def forward(self, ids):
+        return kernels.embedding(ids, self.weight)
+
+
 class Block(nn.Module):
     """One transformer block. Leading dimensions are free ([B,T] in training, [slots] in decoding);
-    `attend` gives them their meaning."""
+    `attend(layer, q, k, v)` gives them their meaning: queries [..., H, E], keys and values
+    [..., K, E] -> [..., H, E]. See `causal`."""
 
     def __init__(self, c: Config, layer: int):
         super().__init__()
         self.layer = layer  # counts from 1
         self.head_dim = c.head_dim
-        self.heads = c.n_heads, c.n_kv_heads, c.n_kv_heads
+        self.head_counts = c.n_heads, c.n_kv_heads, c.n_kv_heads
         self.attn_norm = RMSNorm(c.d_model, c.norm_eps)
-        self.qkv = Linear(c.d_model, sum(self.heads) * c.head_dim, bias=c.qkv_bias)
+        self.qkv = Linear(c.d_model, sum(self.head_counts) * c.head_dim, bias=c.qkv_bias)
         self.q_norm = self.k_norm = nn.Identity()
         if c.qk_norm:
             self.q_norm = RMSNorm(c.head_dim, c.norm_eps)
@@ -90,28 +109,28 @@ class Block(nn.Module):
         self.gate_up = Linear(c.d_model, 2 * c.d_mlp, bias=False)
         self.down = Linear(c.d_mlp, c.d_model, bias=False)
 
-    def forward(self, x, angles, attend):
-        x = x + self.attn_out(x, angles, attend)
+    def forward(self, x, cos_sin, attend):
+        x = x + self.attn_out(x, cos_sin, attend)
         return x + self.mlp_out(x)
 
-    def attn_out(self, x, angles, attend):
+    def attn_out(self, x, cos_sin, attend):
         """A^l: what attention adds to the residual stream x [..., D]."""
-        q, k, v = self.split_heads(self.qkv(self.attn_norm(x)), angles)
+        q, k, v = self.split_heads(self.qkv(self.attn_norm(x)), cos_sin)
         mixed = attend(self.layer, q, k, v)
         return self.o(mixed.flatten(-2))
 
-    def split_heads(self, qkv, angles):
+    def split_heads(self, qkv, cos_sin):
         """Queries [..., H, E], keys and values [..., K, E] out of one product, rotated to their
         positions."""
         heads = qkv.unflatten(-1, (-1, self.head_dim))
-        q, k, v = heads.split(self.heads, -2)
-        q = rotate(self.q_norm(q), *angles)
-        k = rotate(self.k_norm(k), *angles)
+        q, k, v = heads.split(self.head_counts, -2)
+        q = rotate(self.q_norm(q), *cos_sin)
+        k = rotate(self.k_norm(k), *cos_sin)
         return q, k, v
 
     def mlp_out(self, x):
         """F^l: what the MLP adds to the residual stream x [..., D]."""
-        # nested: what has a name is kept in memory until the end
+        # nested, for a name would keep [..., 2 d_mlp], the widest there is, in memory to the end
         return self.down(self.gated(self.gate_up(self.mlp_norm(x))))
 
     def gated(self, gate_up):
@@ -120,22 +139,8 @@ class Block(nn.Module):
         return F.silu(gate) * up
 
 
-class Linear(nn.Linear):
-    """x W^T + b."""
-
-    def forward(self, x):
-        return kernels.linear(x, self.weight, self.bias)
-
-
-class Embedding(nn.Embedding):
-    """The rows of a table."""
-
-    def forward(self, ids):
-        return kernels.embedding(ids, self.weight)
-
-
 def rope(config: Config, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotary angles of positions [...]: (cos, sin), each float32 [..., 1, E/2], ready to broadcast
+    """Rotary cos_sin of positions [...]: (cos, sin), each float32 [..., 1, E/2], ready to broadcast
     over heads (arXiv 2104.09864).
 
     Computed from the configuration on every call, never stored: a buffer would follow the model
@@ -147,7 +152,7 @@ def rope(config: Config, position: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     # Llama 3.x: long wavelengths are stretched by `factor`, short ones kept, a ramp between
     if s := config.rope_scaling:
         wavelen = 2 * torch.pi / freq
-        turns = s["original_max_position_embeddings"] / wavelen
+        turns = s["original_max_position_embeddings"] / wavelen  # in the original context
         low, high = s["low_freq_factor"], s["high_freq_factor"]
         ramp = (turns - low) / (high - low)
         keep = ramp.clamp(0, 1)
@@ -187,7 +192,7 @@ def packed(lengths, device):
     By FlashAttention's kernel for just this where it can serve, elsewhere by `causal`, one sequence
     at a time.
     """
-    # where all others have one token, the kernel counts an empty sequence among the queries
+    # the kernel miscounts queries where some sequences are empty
     lengths = [n for n in lengths if n]
     starts = [0, *accumulate(lengths)]
     longest = max(lengths)
@@ -227,6 +232,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, l) for l in layers)
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         if not config.tied:
+            # its weight alone is used, see `project`
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
     @property
@@ -246,15 +252,15 @@ class Transformer(nn.Module):
         returns   H^until [B,T,D] in the dtype of the weights
         """
         x = self.embed(ids)
-        angles = self.angles(ids, position)
+        cos_sin = self.cos_sin(ids, position)
         for block in self.blocks[:until]:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, angles, attend, use_reentrant=False)
+                x = checkpoint(block, x, cos_sin, attend, use_reentrant=False)
             else:
-                x = block(x, angles, attend)
+                x = block(x, cos_sin, attend)
         return x
 
-    def angles(self, ids, position=None):
+    def cos_sin(self, ids, position=None):
         if position is None:
             position = torch.arange(ids.shape[-1], device=ids.device)
             position = position.expand(ids.shape)
@@ -264,9 +270,9 @@ class Transformer(nn.Module):
         """Run like `forward` and yield one BlockStates a block, so that the states of a model of
         any depth need the memory of one block."""
         x = self.embed(ids)
-        angles = self.angles(ids, position)
+        cos_sin = self.cos_sin(ids, position)
         for block in self.blocks[:until]:
-            attn = block.attn_out(x, angles, attend)
+            attn = block.attn_out(x, cos_sin, attend)
             mid = x + attn
             mlp = block.mlp_out(mid)
             post = mid + mlp
@@ -285,7 +291,7 @@ class Transformer(nn.Module):
             [block.resid_post for block in blocks],
         )
 
-    def final(self, h, layer=None):
+    def norm_at(self, h, layer=None):
         """What the unembedding sees of H^layer: the final norm at layer L (None), the raw state
         below, as the paper defines pi^l."""
         if layer is None or layer == self.config.n_layers:
@@ -295,7 +301,7 @@ class Transformer(nn.Module):
     def unembed(self, h, layer=None):
         """float32 logits [..., V] of the internal layer policy: H^l E_u^T for l < L, norm(H^L)
         E_u^T for l = L (also None)."""
-        return project(self.final(h, layer), self.unembedding)
+        return project(self.norm_at(h, layer), self.unembedding)
 
     @torch.no_grad()
     def init_weights(self, seed=0, std=0.02):
@@ -315,8 +321,8 @@ class Transformer(nn.Module):
 def project(h, unembedding):
     """h [..., D] times E_u^T [D, V] as float32 [..., V]: logits are never rounded to bfloat16,
     where a step near 20 is 0.125."""
-    half = kernels.half(unembedding.dtype)
-    if h.is_cuda and half and not torch.is_grad_enabled():
+    is_half = kernels.is_half(unembedding.dtype)
+    if h.is_cuda and is_half and not torch.is_grad_enabled():  # one product, summed in float32
         rows = h.to(unembedding.dtype).flatten(0, -2)
         logits = kernels.mm32(rows, unembedding.t())
         return logits.unflatten(0, h.shape[:-1])

@@ -51,22 +51,19 @@ class Response:
     prompt's tokens. Each stage fills in its own fields."""
 
     prompt: list[int]  # token ids
-    # drawn: token ids, the stop token included, which is trained like any other; log-probs of each
-    # under the policy that drew them; whether it stopped by itself, or was cut off
+    # by the sampler: token ids, the stop token included, which is trained like any other
     ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    stopped: bool = False
-    # graded: what was asked, the response decoded without its stop token, the verdict on it
-    problem: Problem | None = None
-    text: str = ""
+    logprobs: list[float] = field(default_factory=list)  # of ids, under the policy that drew them
+    stopped: bool = False  # by itself, or cut off
+    # by the verifier
+    problem: Problem | None = None  # what was asked
+    text: str = ""  # decoded, without the stop token
     verdict: Verdict | None = None
     reward: float = 0.0
-    # compared with its group
-    advantage: float = 0.0
-    # before the step's first update: log-probs [len(ids)] under the policy that is trained, and
-    # with a KL term under the same layer's policy of the frozen reference
-    old_logprobs: torch.Tensor | None = None
-    ref_logprobs: torch.Tensor | None = None
+    # by GRPO
+    advantage: float = 0.0  # over its group
+    old_logprobs: torch.Tensor | None = None  # [len(ids)] of the policy before the first update
+    ref_logprobs: torch.Tensor | None = None  # the same of the frozen reference, for a KL term
     weight: float = 0.0  # of each of its tokens in the loss of the mini-batch
 
     @property
@@ -98,7 +95,7 @@ def fold(*parts: int) -> int:
 
 def exponential(count, key, step):
     """Exp(1) noise, float32 [B,count], in (0, 17): row b holds the numbers named (key[b], step[b],
-    0..count-1)."""
+    0..count-1). -log(1 - u) of a uniform u."""
     item = torch.arange(count, device=key.device)
     row = mix(key ^ mix(step))[:, None]
     # uniform, 32 bits: small ones, which win, are exact
@@ -119,9 +116,9 @@ def race(weights, key, step):
     not V: on a CPU the hash would cost as much as some transformer blocks.
     """
     B, V = weights.shape
-    C = min(V & -V, 512)  # tokens in a block: a power of two that divides V
+    C = min(V & -V, 512)  # tokens in a block: V & -V is the largest power of two that divides V
     blocks = weights.unflatten(-1, (V // C, C))
-    noise = exponential(V // C, key, 2 * step)
+    noise = exponential(V // C, key, 2 * step)  # two draws a step, with noise of their own
     block = (blocks.sum(-1) / noise).argmax(-1)
     rows = torch.arange(B, device=block.device)
     inside = blocks[rows, block]  # [B,C]
@@ -134,7 +131,7 @@ def race(weights, key, step):
 
 
 def flash_decode(position, width, length):
-    """The attention of one query a row over its keys 0..position, for rows of `length` keys: a
+    """Attention of one query in each of `width` rows of `length` keys over keys 0..position: a
     function of q [B,H,E], k and v [B,S,K,E] that gives [B,H,E]. It reads live keys only, and splits
     rows where they are few; what all layers share is made once, here."""
     starts = torch.arange(width + 1, dtype=torch.int32, device=position.device)
@@ -148,17 +145,17 @@ def flash_decode(position, width, length):
     return attend
 
 
-def masked_decode(position, live, dtype):
-    """The same by SDPA over the first `live` keys of every row. The query heads that share a key
+def masked_decode(position, columns, dtype):
+    """The same by SDPA over the first `columns` keys of every row. The query heads that share a key
     stand as its query rows, so that keys and values are not repeated for each of them."""
-    key_position = torch.arange(live, device=position.device)
+    key_position = torch.arange(columns, device=position.device)
     seen = key_position <= position[:, None]
     mask = torch.where(seen, 0.0, -math.inf).to(dtype)
-    mask = mask[:, None, None]  # [B,1,1,live]
+    mask = mask[:, None, None]  # [B,1,1,columns]
 
     def attend(q, k, v):
         q = q.unflatten(1, (k.shape[2], -1))  # [B,K,H/K,E]
-        k, v = k.transpose(1, 2), v.transpose(1, 2)  # [B,K,live,E]
+        k, v = k.transpose(1, 2), v.transpose(1, 2)  # [B,K,columns,E]
         return F.scaled_dot_product_attention(q, k, v, mask).flatten(1, 2)
 
     return attend
@@ -200,12 +197,17 @@ class Sampler:
     model    a Transformer, read in place
     slots    rows decoded together, B; None: 64, on a GPU what the free memory holds, at most 256
     max_len  tokens a row can hold, prompt and response
-    compile  compile the decode step as one graph; eager, a CPU runs the live rows only
+    compile  compile the decode step as one graph
     sync     decode steps between two looks of the host at the rows; None: 16 on a GPU, where a look
              waits for it, else 1
 
-    KV memory is 2 * L * slots * (max_len + 1) * K * E elements, taken by `start` (or the first
-    `generate`) and given back by `stop`. `stats` describes the last `generate`: tokens (generated),
+    How a step runs:       its rows are          attention reads
+        eager, on a CPU    the live ones         the fullest row's keys, rounded up
+        compiled           all, one shape        all keys, under a mask
+        CUDA graph         all, one shape        live keys, by the kernel; else all under a mask
+
+    KV memory is 2 * L * slots * (max_len + 1) * K * E elements, taken by `allocate` (or the first
+    `generate`), given back by `release`. `stats` describes the last `generate`: tokens (generated),
     prompt_tokens (prefilled), steps, seconds, of these prefill_seconds and decode_seconds,
     occupancy (tokens kept / rows computed), recompiles (graphs compiled, but for a sampler's
     first).
@@ -233,7 +235,7 @@ class Sampler:
         self.stats = {}
         self.warm = False
 
-    def start(self):
+    def allocate(self):
         """Take the memory of the KV cache and of the per-row state; harmless if taken already.
         OutOfMemoryError for want of it."""
         if self.cache is not None:
@@ -266,7 +268,7 @@ class Sampler:
         self.temperature = torch.ones((), device=device)
         self.greedy = torch.zeros((), dtype=torch.bool, device=device)
         self.bias = torch.zeros(c.vocab_size, device=device)  # -inf where no token is
-        self.stops = torch.zeros(c.vocab_size, dtype=torch.bool, device=device)
+        self.is_stop = torch.zeros(c.vocab_size, dtype=torch.bool, device=device)
 
     def slots_that_fit(self, row_bytes):
         """How many rows the free memory of the GPU holds, or those asked for if they fit."""
@@ -286,7 +288,7 @@ class Sampler:
             )
         return self.slots or min(room, 256)
 
-    def stop(self):
+    def release(self):
         """Give the memory back, the recorded graph's included, so that training can have it."""
         self.cache = self.state = self.ids = self.logprobs = None
         self.bias = self.net = self.graph = None
@@ -294,29 +296,29 @@ class Sampler:
     # ----------------------------------------------------------------------------------------------
     # one step
 
-    def step(self, width: int, live: int):
-        """One token for each of the first `width` rows. live: how much of a row SDPA may attend to,
-        an upper bound of position + 1."""
+    def step(self, width: int, columns: int):
+        """One token for each of the first `width` rows. columns: how much of a row SDPA may attend
+        to, an upper bound of position + 1."""
         rows = self.rows[:width]
         state = self.state[:, :width]
         token, position, drawn, limit, key, alive = state
         alive = alive > 0
-        at = torch.where(alive, position, self.max_len)
+        trash = self.max_len  # the column where dead rows write
+        at = torch.where(alive, position, trash)
         if self.flash:
-            seen = self.max_len + 1
-            over_cache = flash_decode(position, width, seen)
+            columns = self.max_len + 1
+            over_cache = flash_decode(position, width, columns)
         else:
-            seen = live
-            over_cache = masked_decode(position, live, self.cache[0][0].dtype)
+            over_cache = masked_decode(position, columns, self.cache[0][0].dtype)
 
         def attend(layer, q, k, v):  # q [B,H,E], k and v [B,K,E]
             keys, values = self.cache[layer - 1]
             keys[rows, at] = k
             values[rows, at] = v
-            return over_cache(q, keys[:width, :seen], values[:width, :seen])
+            return over_cache(q, keys[:width, :columns], values[:width, :columns])
 
         h = self.net(token, position=position, attend=attend)
-        # [B,V] float32, logits / T; logits have no name, for a name would keep them
+        # z = bias + logits / T, [B,V] float32. Logits have no name: it would keep them in memory
         z = torch.addcdiv(self.bias, self.net.unembed(h), self.temperature)
         top, best = z.max(-1, keepdim=True)
         weights = (z - top).exp_()
@@ -325,25 +327,25 @@ class Sampler:
         chosen = z.gather(1, token[:, None]) - top
         logprob = chosen[:, 0] - weights.sum(-1).log()
 
-        column = torch.where(alive, drawn, self.max_len)
+        column = torch.where(alive, drawn, trash)
         self.ids[rows, column] = token
         self.logprobs[rows, column] = logprob
         has_room = drawn + 1 < limit
-        goes_on = alive & has_room & ~self.stops[token]
+        goes_on = alive & has_room & ~self.is_stop[token]
         position = torch.where(goes_on, position + 1, 0)  # a dead row looks at one token
         drawn = drawn + alive
         after = torch.stack((token, position, drawn, limit, key, goes_on))
         self.state[:, :width] = after
 
-    def decode(self, width, live, steps):
-        """Some steps, enqueued without waiting for any. live: tokens in the fullest row."""
+    def decode(self, width, fullest, steps):
+        """Some steps, enqueued without waiting for any. fullest: tokens in the fullest row."""
         for i in range(steps):
             if self.capture:
                 self.graph.replay()
             elif self.compile:  # one shape
                 self.run_step(width, self.max_len)
             else:  # the live columns only, rounded up
-                columns = (live + i + 63) // 64 * 64
+                columns = (fullest + i + 63) // 64 * 64
                 self.run_step(width, min(columns, self.max_len))
 
     def record(self):
@@ -483,7 +485,7 @@ class Sampler:
 
     def set_up(self, temperature, stop_ids, n_vocab):
         """Memory, and what this call asks for, written where the step reads it."""
-        self.start()
+        self.allocate()
         V = self.model.config.vocab_size
         self.state.zero_()
         self.temperature.fill_(temperature or 1.0)
@@ -491,10 +493,10 @@ class Sampler:
         self.bias.zero_()
         self.bias[n_vocab or V :] = -math.inf
         self.stop_ids = stop_ids
-        self.stops.zero_()
+        self.is_stop.zero_()
         for token in stop_ids:
             if 0 <= token < V:
-                self.stops[token] = True
+                self.is_stop[token] = True
 
     def serve(self, waiting, bar):
         """Decode until none waits and no row is live."""
@@ -526,14 +528,15 @@ class Sampler:
                 stats["prefill_seconds"] += now - start
 
                 state = self.state.tolist()
-                left, live = [], 0  # tokens each row may still draw; in the fullest row
+                tokens_left, fullest = [], 0
                 for slot in serving:
-                    left.append(state[LIMIT][slot] - state[DRAWN][slot])
-                    live = max(live, state[POSITION][slot] + 1)
+                    tokens_left.append(state[LIMIT][slot] - state[DRAWN][slot])
+                    fullest = max(fullest, state[POSITION][slot] + 1)
                 width = max(serving) + 1 if self.shrink else self.slots
                 # never past the end of a row that another waits for
-                steps = min(self.sync, min(left) if waiting else max(left))
-                self.decode(width, live, steps)
+                end = min(tokens_left) if waiting else max(tokens_left)
+                steps = min(self.sync, end)
+                self.decode(width, fullest, steps)
                 self.take_out(serving, bar)  # the host waits here
                 stats["decode_seconds"] += time.perf_counter() - now
                 stats["steps"] += steps
@@ -565,7 +568,8 @@ class Sampler:
             request = serving[slots[0]]
             prompts[i] = request.response.prompt
         fresh, computed = deque(groups), 0
-        # requests go in order, so only the first prompt can have been prefilled before
+        # Requests go in order, so only the first prompt can have been prefilled before. Its KV is
+        # still whole: slots are overwritten below, and rows are moved only when nobody waits
         sources = [slot for slot, i in held.items() if i == fresh[0]]
         if sources:
             i = fresh.popleft()

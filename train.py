@@ -24,6 +24,7 @@ import tempfile
 import time
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ import decompose
 import tiny
 from bupo import InternalPolicy, Schedule
 from eval import avg_at_k, encode_prompts, grade, sample_row
-from grpo import Policy, backward, collate, group_advantages, overlong_penalty, stored_logprobs
+from grpo import backward, collate, group_advantages, overlong_penalty, stored_logprobs
 from model import Config, Transformer
 from plumbing import checkpoint, cli, download, figures, metrics, parallel, settings
 from plumbing import tokenizer as tokenizers
@@ -82,9 +83,8 @@ class Run:
     def policy(self, layer, model=None) -> InternalPolicy:
         """The policy of a layer, of this run's model or of another."""
         a, model = self.args, model or self.model
-        return InternalPolicy(
-            model, a.temperature, self.n_vocab, a.logit_chunk, layer, a.internal_norm
-        )
+        rest = a.temperature, self.n_vocab, a.logit_chunk
+        return InternalPolicy(model, *rest, layer=layer, norm=a.internal_norm)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -98,16 +98,11 @@ def train(run, log):
         run.meter = Meter()
         layer = run.schedule.layer_at(step)  # GRPO: always L. BuPO: an internal layer's first
         policy = run.policy(layer)
-        groups, drawn = [], []
-        for refill in range(1 + args.refills):  # more than once with dynamic sampling (DAPO) alone
-            problems = next_problems(run, step, refill, args.prompts - len(groups))
-            responses = sample(run, problems, args.group, step, refill)  # [N][G], from pi^L
-            responses = grade_all(run, responses, problems)
-            drawn += responses
-            groups += [group for group in responses if not args.refills or unequal(group)]
-            if len(groups) == args.prompts:
-                break
-        groups = groups or responses  # without anything to learn from it is still a step
+        problems = next_problems(run, step, args.prompts)
+        groups = sample(run, problems, args.group, noise=(step, 0))  # [N][G] responses, of pi^L
+        groups = drawn = grade_all(run, groups, problems)
+        if args.refills:
+            groups, drawn = replace_equal_groups(run, step, drawn)
 
         rewards = torch.tensor([[r.reward for r in group] for group in groups])
         advantages = group_advantages(rewards, args.advantage)  # [N,G]
@@ -115,8 +110,10 @@ def train(run, log):
             for response, advantage in zip(group, row, strict=True):
                 response.advantage = advantage
         minis = mini_batches(groups, args)
+        if run.model.unembedding.is_cuda:
+            run.sampler.release()  # the KV cache's memory is the trainer's now
         seen = before_updates(run, groups)
-        if len(minis) > 1:  # before the first update the ratio is 1
+        if len(minis) > 1:  # with one update the old policy is the one that is trained
             for response, logprobs in all_logprobs(run, policy, minis):
                 response.old_logprobs = logprobs
         if run.reference:
@@ -128,19 +125,32 @@ def train(run, log):
             norm = clip(run)
             optimizer_step(run, mini, norm)
         after = after_updates(run)
+        run.step = step
         log(metrics.row(run, step, layer, groups, drawn) | seen | after, groups)
 
 
-def next_problems(run, step, refill, count):
+def next_problems(run, step, count, refill=0):
     """The problems of a step: a walk through all of them. A refill walks in an order of its own,
     which is a function of the step like the first."""
     seed = run.args.seed
     return batch(run.problems, step, count, fold(seed, refill) if refill else seed)
 
 
-def unequal(group) -> bool:
-    """Whether the responses of a group have different rewards: else there is nothing to learn."""
-    return len({r.reward for r in group}) > 1
+def replace_equal_groups(run, step, drawn):
+    """Dynamic sampling (arXiv 2503.14476): groups of equal rewards, from which there is nothing to
+    learn, give way to groups of other problems, up to --refills times. Returns (groups, all that
+    was drawn)."""
+    args, groups, new = run.args, [], drawn
+    for refill in range(1, 2 + args.refills):
+        groups += [group for group in new if len({r.reward for r in group}) > 1]
+        missing = args.prompts - len(groups)
+        if not missing or refill > args.refills:
+            break
+        problems = next_problems(run, step, missing, refill)
+        new = sample(run, problems, args.group, noise=(step, refill))
+        new = grade_all(run, new, problems)
+        drawn = drawn + new
+    return groups or new, drawn  # without anything to learn from it is still a step
 
 
 def mini_batches(groups, args) -> list[list[Response]]:
@@ -162,9 +172,9 @@ def mini_batches(groups, args) -> list[list[Response]]:
 
 
 @timed("rollout")
-def sample(run, problems, n, *name, progress=None) -> list[list[Response]]:
-    """n responses to each (problem, prompt ids) of this rank's share, drawn with the noise of
-    (seed, *name). Stopped, on all ranks, when one has got a signal meanwhile."""
+def sample(run, problems, n, noise, progress=None) -> list[list[Response]]:
+    """n responses to each (problem, prompt ids) of this rank's share, drawn with the noise that
+    (seed, *noise) names. Stopped, on all ranks, when one has got a signal meanwhile."""
     args, local, groups = run.args, parallel.local_slice(len(problems)), []
     with suppress(Stopped), run.signals.may_leave():
         groups = run.sampler.generate(
@@ -173,9 +183,9 @@ def sample(run, problems, n, *name, progress=None) -> list[list[Response]]:
             args.max_new_tokens,
             args.temperature,
             run.tokenizer.stop_ids,
-            fold(args.seed, *name),
-            run.n_vocab,
-            None if parallel.rank() else progress,
+            seed=fold(args.seed, *noise),
+            n_vocab=run.n_vocab,
+            progress=None if parallel.rank() else progress,
             first=local.start,
         )
     if run.signals.agree():
@@ -213,14 +223,12 @@ def before_updates(run, groups) -> dict:
     """
     run.meter.weights = metrics.weights_sample(run.model)
     responses = [r for group in groups for r in group if r.ids]
-    if run.model.unembedding.is_cuda:  # the KV cache's memory is the trainer's now
-        run.sampler.stop()
     if not responses:
         return {}
-    args = run.args
     longest = max(r.total_length for r in responses)
-    some = responses[:: -(-len(responses) * longest // args.micro_tokens)]
-    policy = Policy(run.model, args.temperature, run.n_vocab, args.logit_chunk)
+    stride = ceil(len(responses) * longest / run.args.micro_tokens)
+    some = responses[::stride]
+    policy = run.policy(run.model.config.n_layers)
     with torch.no_grad():
         logprobs, entropy = policy.logprobs(collate(some, run.model.unembedding.device))
     drawn = torch.tensor([x for r in some for x in r.logprobs], device=logprobs.device)
@@ -262,7 +270,7 @@ def gradient(run, policy, mini):
                 clip_low=args.clip_low,
                 clip_high=args.clip_high,
                 dual_clip=args.dual_clip or None,
-                loss=args.loss,
+                weighting=args.loss,
                 limit=args.max_new_tokens,
                 kl=args.kl,
                 tis=args.tis or None,
@@ -385,7 +393,7 @@ class Keeper:
     def after_step(self, row, groups):
         run, args, step = self.run, self.run.args, row["step"]
         responses = [r for group in groups for r in group]
-        run.step, run.num_tokens = step, row["num_tokens"]
+        run.num_tokens = row["num_tokens"]
         if run.tests and due(step, args.eval_every, args.steps):
             with suppress(Stopped):  # a signal is heeded once the step is logged
                 row |= evaluate(run)
@@ -393,7 +401,7 @@ class Keeper:
             text = printable(responses[0].text)
             tqdm.write(f"first response (reward {responses[0].reward:g}):\n{text}")
         logged = responses[: args.log_samples]
-        self.samples.write([sample_row(r, step=step) | {"reward": r.reward} for r in logged])
+        self.samples.write([sample_row(r, step=step) for r in logged])
         if args.watch_layers and (step % args.watch_layers == 0 or step == 1):
             row |= parallel.on_rank_0(watch, run, args.out)
         self.write(row)
@@ -434,7 +442,7 @@ def due(step, every, last=None) -> bool:
 def evaluate(run) -> dict:
     """Avg@1 on the held-out problems, with the same noise at every step."""
     start = time.time()
-    responses = grade_all(run, sample(run, run.tests, 1, 0, progress="eval"), run.tests)
+    responses = grade_all(run, sample(run, run.tests, 1, noise=(0,), progress="eval"), run.tests)
     return {
         "eval/accuracy": avg_at_k([[r.verdict.correct for r in group] for group in responses]),
         "eval/questions": len(responses),
@@ -622,7 +630,7 @@ def open_run(args) -> Run:
 
 def choose_layer(run):
     """`--bupo-layer auto`: the paper's rule, measured on responses to the first prompts."""
-    groups = parallel.all_gather(sample(run, run.problems[:8], 1, 0))
+    groups = parallel.all_gather(sample(run, run.problems[:8], 1, noise=(0,)))
     sequences = [(r.prompt + r.ids, len(r.prompt)) for group in groups for r in group]
     layer, evidence = parallel.on_rank_0(decompose.auto_layer, run.sampler.model, sequences)
     print(f"--bupo-layer auto: layer {layer} ({evidence})")
@@ -669,8 +677,8 @@ def rehearse(run):
         plan = memory_plan(model.config, args, model.unembedding.is_cuda)
         size = int(1e9 * plan.moments["training"]["optimizer state"])
     held = torch.empty(size, dtype=torch.uint8, device=model.unembedding.device)
-    run.sampler.start()
-    run.sampler.stop()
+    run.sampler.allocate()
+    run.sampler.release()
     P, N = args.max_prompt_tokens, args.max_new_tokens
     longest = Response([0] * P, [0] * N, [0.0] * N, advantage=1.0)
     rows = max(1, args.micro_tokens // (P + N)) * parallel.world()

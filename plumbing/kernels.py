@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 
-def half(dtype) -> bool:
+def is_half(dtype) -> bool:
     """Whether a dtype has 16 bits."""
     return dtype in (torch.bfloat16, torch.float16)
 
@@ -38,7 +38,7 @@ def mm32(a, b):
 
 def add_mm32(total, a, b):
     """total [M,N] += a b, like `mm32` where the factors are half precision."""
-    if a.is_cuda and half(a.dtype):
+    if a.is_cuda and is_half(a.dtype):
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(a.float(), b.float())
@@ -54,7 +54,7 @@ def linear(x, weight, bias=None):
     trained get float32 gradients."""
     if torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
-    if half(weight.dtype) and torch.is_grad_enabled() and weight.requires_grad:
+    if is_half(weight.dtype) and torch.is_grad_enabled() and weight.requires_grad:
         return _HalfLinear.apply(x, weight, bias)
     float32_on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
     if ONEDNN and float32_on_cpu and x.numel() * len(weight) > 1 << 20:
@@ -115,7 +115,7 @@ class _HalfLinear(torch.autograd.Function):
 
 def embedding(ids, table):
     """F.embedding; a half-precision table that is trained gets a float32 gradient."""
-    if half(table.dtype) and torch.is_grad_enabled():
+    if is_half(table.dtype) and torch.is_grad_enabled():
         return _HalfEmbedding.apply(ids, table)
     return F.embedding(ids, table)
 
@@ -141,7 +141,7 @@ def has_flash(device, dtype, head_dim):
     """Whether FlashAttention-2 inside torch can serve: half precision on an Ampere GPU or later."""
     return (
         device.type == "cuda"
-        and half(dtype)
+        and is_half(dtype)
         and head_dim % 8 == 0
         and head_dim <= 256
         and torch.backends.cuda.is_flash_attention_available()

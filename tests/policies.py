@@ -5,7 +5,7 @@ from bupo import InternalPolicy
 
 
 def policy(model, layer, temperature=1.0, n_vocab=None, chunk=256, norm="none"):
-    return InternalPolicy(model, temperature, n_vocab, chunk, layer, norm)
+    return InternalPolicy(model, temperature, n_vocab, chunk, layer=layer, norm=norm)
 
 
 def policy_logprobs(model, batch, layer, *rest, **kw):

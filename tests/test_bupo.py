@@ -124,7 +124,7 @@ def test_internal_policy_equals_its_definition(layer, tied, responses):
     wide = copy.deepcopy(model).double()
     h = wide.residuals(batch.ids).resid_post[layer - 1]
     z = (wide.norm(h) if layer == L else h) @ wide.unembedding.T / 0.7
-    lp = z.log_softmax(-1).flatten(0, 1)[batch.at]
+    lp = z.log_softmax(-1).flatten(0, 1)[batch.positions]
     assert (logprobs - lp.gather(1, batch.targets[:, None])[:, 0]).abs().max() < 1e-5
     assert (entropy + (lp.exp() * lp).sum(-1)).abs().max() < 1e-5
     if layer < L:
@@ -147,7 +147,7 @@ def test_gradient_equals_the_naive_loss(model, responses, layer):
     lp = (
         model.unembed(h, layer)
         .log_softmax(-1)
-        .flatten(0, 1)[batch.at]
+        .flatten(0, 1)[batch.positions]
         .gather(1, batch.targets[:, None])[:, 0]
     )
     loss, low, high = policy_loss(
@@ -156,7 +156,7 @@ def test_gradient_equals_the_naive_loss(model, responses, layer):
     # the weights have moved far enough for both clips to matter
     assert low.any() and high.any()
     model.zero_grad()
-    (loss.sum() / len(batch.at)).backward()
+    (loss.sum() / len(batch.positions)).backward()
     # two float32 computations in different orders
     assert close(ours, {n: p.grad for n, p in model.named_parameters()}, rel=2e-6)
 
@@ -342,7 +342,7 @@ def test_loss_variants_by_hand(model):
         ("seq-mean", (-1 + 1) / 2),
         ("dr_grpo", (-2 + 6) / (2 * 10)),
     ):
-        assert backward(model, pair, L, 4, loss=kind, limit=10)["loss"] == pytest.approx(
+        assert backward(model, pair, L, 4, weighting=kind, limit=10)["loss"] == pytest.approx(
             by_hand, abs=1e-6
         ), kind
 

@@ -326,9 +326,9 @@ def test_recorded_steps_are_the_plain_ones(kernel, graphs):
             change(model, 100 * i)
         # three warm-ups and a recording
         assert len(python) == 4 and recorded.graph.replays > 15
-        recorded.stop()
+        recorded.release()
         assert recorded.graph is None and recorded.cache is None
-        recorded.start()
+        recorded.allocate()
     assert results[0] != results[len(CALLS)]
     assert any(s.stopped for group in results[0] for s in group) and kernel["forward"]
 
@@ -479,7 +479,7 @@ def test_whole_steps(kernel, graphs):
             logprobs, _ = policy_logprobs(model, collate(rs, pack=True), 2)
         diff = (logprobs - torch.tensor([x for r in rs for x in r.logprobs])).abs()
         assert diff.mean() < 0.02 and diff.max() < 0.2
-        recorded.stop()  # its memory is the trainer's
+        recorded.release()  # its memory is the trainer's
         exact = copy.deepcopy(model).float()
         for m, pack in ((model, None), (exact, False)):
             backward(m, rs, layer, max_tokens=100, pack=pack)

@@ -67,7 +67,7 @@ def test_scores_of_made_up_answers():
     def made(right, length):
         verdict = Verdict(right, None, "equal: string" if right else "different")
         r = Response([1], [2] * length, [0.0] * length, stopped=right, text="t", verdict=verdict)
-        r.problem = Problem("q", "1")
+        r.problem, r.reward = Problem("q", "1"), float(right)
         return r
 
     answered = [

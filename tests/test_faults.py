@@ -489,11 +489,11 @@ class DiskFull:
     def __call__(self):
         next_problems = train.next_problems
 
-        def begin_step(run, step, refill, count):
+        def begin_step(run, step, *rest):
             if step == 5:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
-            return next_problems(run, step, refill, count)
+            return next_problems(run, step, *rest)
 
         train.next_problems = begin_step
 

@@ -106,7 +106,7 @@ def test_recorded_steps_are_the_plain_ones(dtype, compile):
         assert len(diff) > 200 and diff.mean() < (0.05 if dtype == BF16 else 1e-4)
         assert sampler.stats["recompiles"] == 0
         held = torch.cuda.memory_allocated()
-        sampler.stop()
+        sampler.release()
         torch.cuda.empty_cache()
         assert torch.cuda.memory_allocated() < held and sampler.graph is None
 

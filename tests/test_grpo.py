@@ -249,7 +249,7 @@ def test_collate_positions_by_hand():
     )
     assert batch.ids.tolist() == [[5, 6, 7, 8, 9], [1, 2, 3, 2, 0]]
     # the state before each response token, in the flattened batch
-    assert batch.at.tolist() == [2, 3, 5, 6, 7]
+    assert batch.positions.tolist() == [2, 3, 5, 6, 7]
     assert batch.targets.tolist() == [8, 9, 2, 3, 2]
     assert batch.advantages.tolist() == [1, 1, -1, -1, -1] and batch.lengths == [2, 3]
 
@@ -275,7 +275,7 @@ def test_packed_positions_by_hand():
         2,
         3,
     ]
-    assert batch.at.tolist() == [2, 3, 5, 6, 7] and batch.targets.tolist() == [8, 9, 2, 3, 2]
+    assert batch.positions.tolist() == [2, 3, 5, 6, 7] and batch.targets.tolist() == [8, 9, 2, 3, 2]
     assert batch.advantages.tolist() == [1, 1, -1, -1, -1] and batch.lengths == [2, 3]
 
 

@@ -226,7 +226,7 @@ def test_sampling_takes_what_a_trace_takes(name, monkeypatch):
         sampler = rollout.Sampler(build(c, torch.bfloat16), slots, 8192)
         cache = Live([])
         with cache:
-            sampler.start()
+            sampler.allocate()
         held = [t for pair in sampler.cache for t in pair] + list(sampler.model.parameters())
         held += [v for v in vars(sampler).values() if isinstance(v, torch.Tensor)]
         step, prefill = Live(held), Live(held)

@@ -484,7 +484,7 @@ def test_precision_where_half_the_bits_would_show():
 
     pos = torch.tensor([0, 1, 31, 8191])
     angle = pos[:, None, None] * 5000.0 ** (-torch.arange(0, 12, 2, dtype=torch.float64) / 12)
-    cos, sin = build("llama", torch.bfloat16).angles(pos, pos)
+    cos, sin = build("llama", torch.bfloat16).cos_sin(pos, pos)
     assert (
         gap(cos, angle.cos()) <= 1e-3
         and gap(sin, angle.sin()) <= 1e-3

@@ -271,7 +271,7 @@ def test_it_reads_the_trained_parameters_themselves():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     after = sampler.generate(prompts, 2, 10, seed=1)
     assert worst(model, prompts, after)[0] < 1e-5 and worst(model, prompts, before)[0] > 1e-2
-    sampler.stop()
+    sampler.release()
     assert sampler.cache is None
     assert [s.ids for g in sampler.generate(prompts, 2, 10, seed=1) for s in g] == [
         s.ids for g in after for s in g
@@ -452,7 +452,7 @@ def test_the_step_is_recorded_while_every_row_is_dead(model, monkeypatch):
     sampler.generate(prompts, 1, 5, temperature=0)
     # temperature, stops and greed are data, not another graph
     assert len(records) == 1
-    sampler.stop()
+    sampler.release()
     assert sampler.graph is None and sampler.cache is None and sampler.net is None
     sampler.generate(prompts, 1, 5)
     assert len(records) == 2
@@ -490,7 +490,7 @@ def test_where_nothing_can_be_compiled_sampling_goes_on(model, monkeypatch, caps
     def no_compiler(*args):
         raise InductorError(RuntimeError("no C compiler\nfound"), None)
 
-    sampler.start()
+    sampler.allocate()
     sampler.run_step = no_compiler
     sampler.try_to_compile()
     err = capsys.readouterr().err
@@ -515,7 +515,7 @@ def test_compiled(model):
     with torch.compiler.set_stance("fail_on_recompile"):
         more = sampler.generate(prompts * 6, 2, 30, 0.8, (7, 8, 9), seed=4, n_vocab=90)
         greedy = sampler.generate(prompts[:2], 1, 9, temperature=0)
-        sampler.stop()
+        sampler.release()
         sampler.generate(prompts[:1], 1, 3)
     assert (
         sum(len(s.ids) for g in more for s in g) > 500

@@ -182,10 +182,10 @@ def test_resume_is_bit_exact(finished, folder, tmp_path, stop, monkeypatch):
     same command ends in the same run."""
     out, next_problems = tmp_path / "cut", train.next_problems
 
-    def dying(run, step, refill, count):
+    def dying(run, step, *rest):
         if step == stop + 1:
             raise KeyboardInterrupt
-        return next_problems(run, step, refill, count)
+        return next_problems(run, step, *rest)
 
     monkeypatch.setattr(train, "next_problems", dying)
     with pytest.raises(SystemExit) as e:
@@ -457,7 +457,7 @@ ARRIVES = [
     ("clip-low", 0.11, "backward", "clip_low"),
     ("clip-high", 0.23, "backward", "clip_high"),
     ("dual-clip", 7.0, "backward", "dual_clip"),
-    ("loss", "seq-mean", "backward", "loss"),
+    ("loss", "seq-mean", "backward", "weighting"),
     ("kl", 0.05, "backward", "kl"),
     ("tis", 1.7, "backward", "tis"),
     ("max-new-tokens", 9, "backward", "limit"),
@@ -467,7 +467,7 @@ ARRIVES = [
     ("logit-chunk", 17, "backward", "chunk"),
     ("temperature", 0.9, "stored_logprobs", "temperature"),
     ("internal-norm", "final", "stored_logprobs", "norm"),
-    ("temperature", 0.9, "Policy", "temperature"),
+    ("temperature", 0.9, "InternalPolicy", "temperature"),
     ("grad-clip", 0.7, "clip_gradients", "limit"),
     ("lr", 2e-3, "SplitAdamW", "lr"),
     ("weight-decay", 0.03, "SplitAdamW", "weight_decay"),
@@ -511,7 +511,7 @@ def arrived(folder, tmp_path_factory):
             "group_advantages",
             "backward",
             "stored_logprobs",
-            "Policy",
+            "InternalPolicy",
         ):
             spy(m, train, name)
         spy(m, train.tokenizers, "load_tokenizer", "tokenizer")

@@ -236,7 +236,7 @@ def decode(args):
         f"step, {out['GB_s']:.1f} GB/s of the "
         f"{out['copy_GB_s']:.1f} GB/s of a copy ({out['share_of_copy']:.2f})"
     )
-    sampler.stop()
+    sampler.release()
     if args.versus and (theirs := transformers_model(model)):
         for name, static in (("dynamic", False), ("static", True)):
             # the first call of a compiled step compiles it
@@ -615,7 +615,7 @@ def bupo(args):
             b = collate(micro, device)
             states = [s.resid_post for s in model.stream(b.ids)]
             with torch.no_grad():
-                model.unembed(states[-1].flatten(0, 1)[b.at])
+                model.unembed(states[-1].flatten(0, 1)[b.positions])
             z = model.unembed(states[l - 1].flatten(0, 1)[b.at], l)
             (
                 (-z.log_softmax(-1).gather(1, b.targets[:, None])[:, 0] * b.advantages).sum() / n

@@ -318,7 +318,7 @@ def decode_speed(config, device, batch, compiled, copy):
     weights, kv = bench.step_bytes(config, 2)
     speed = (weights + kv * batch * context) / seconds
     out = {"ms_step": 1e3 * seconds, "tok_s": batch / seconds, "GB_s": speed / 1e9}
-    sampler.stop()
+    sampler.release()
     return {**out, "share_of_copy": speed / copy, "first_call_s": first}
 
 
@@ -389,7 +389,7 @@ def profile(device, left):
     sampler.generate(prompts, batch, 2)
     decoding = partial(sampler.generate, prompts, batch, steps)
     yield f"{steps} decode steps", lambda: top(device, decoding)
-    sampler.stop()
+    sampler.release()
     training = partial(gradient, model, rows, 8 * longest)
     training()
     yield "update", lambda: top(device, training)
