@@ -23,9 +23,7 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def tiny_shapes(monkeypatch):
-    known = dict(TINY)
-    for module in (bench, shapes):
-        monkeypatch.setattr(module, "SHAPES", known)
+    monkeypatch.setattr(shapes, "SHAPES", dict(TINY))
 
 
 def last_line(capsys):
@@ -169,7 +167,7 @@ def test_init_writes_a_folder_that_loads(tmp_path, capsys):
 def test_training_commands_measure_equal_things(argv, keys, capsys, monkeypatch):
     """Both sides of a comparison compute the same numbers, and the last line is one JSON object."""
     for name in ("toy", "qwen3-0.6b"):
-        monkeypatch.setitem(bench.SHAPES, name, Config("qwen3", 97, 16, 8, 2, 1, 8, 32, tied=True))
+        monkeypatch.setitem(shapes.SHAPES, name, Config("qwen3", 97, 16, 8, 2, 1, 8, 32, tied=True))
     bench.main([*argv, "--repeats", "1"])
     out = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert keys <= out.keys() and out["command"] == argv[0]

@@ -37,6 +37,7 @@ from plumbing.kernels import compile_blocks, flash, has_flash
 from plumbing.metrics import forward_flops, peak_gb
 from plumbing.optimizer import SplitAdamW
 from plumbing.rows import one_line
+from plumbing.shapes import preset_config
 from rollout import Response, Sampler
 from tools import bench
 
@@ -54,7 +55,7 @@ def shapes(device):
     """The shapes to measure: the smallest preset and that of the headline run."""
     if device.type == "cpu":
         return {"tiny": TINY}
-    return {like: bench.shape(like) for like in ("qwen3-0.6b", "qwen3-4b")}
+    return {like: preset_config(like) for like in ("qwen3-0.6b", "qwen3-4b")}
 
 
 def trainable(config, device, seed=0):
@@ -103,7 +104,7 @@ def milliseconds(device, f, repeats=20):
         for _ in range(repeats):
             f()
 
-    return 1e3 * bench.timed(device, several)[0] / repeats
+    return 1e3 * bench.timed(device, several) / repeats
 
 
 def recorded_milliseconds(device, f, repeats=20):
@@ -309,7 +310,7 @@ def decode_speed(config, device, batch, compiled, copy):
     model = trainable(config, device)
     sampler = Sampler(model, batch, context + steps, compile=compiled)
     prompts = bench.random_prompts(config, [context - steps // 2], 0)
-    first = bench.timed(device, lambda: sampler.generate(prompts, batch, 2))[0]
+    first = bench.timed(device, lambda: sampler.generate(prompts, batch, 2))
     sampler.generate(prompts, batch, steps)
     seconds = sampler.stats["decode_seconds"] / sampler.stats["steps"]
     weights, kv = bench.step_bytes(config, 2)
@@ -352,7 +353,7 @@ def update_speed(config, device, recompute, compiled, rate):
     once()  # compiles
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = min(bench.timed(device, once)[0] for _ in range(3))
+    seconds = min(bench.timed(device, once) for _ in range(3))
     speed = 3 * forward_flops(model, rows, config.n_layers) / seconds
     out = {"tokens": count * longest, "ms": 1e3 * seconds, "tflop_s": speed / 1e12}
     return {**out, "mfu": speed / rate, "peak_GB": peak_gb()}
