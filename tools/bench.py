@@ -689,7 +689,7 @@ def span(text):
     raise argparse.ArgumentTypeError(f"{text}: want a range such as 32-256")
 
 
-# flag: its type, and what it is
+# flag: its type, or the values it may have, and what it is
 FLAGS = {
     "like": (str, "preset whose shape the model has"),
     "layers": (natural, "blocks; none given: the preset's"),
@@ -722,8 +722,8 @@ FLAGS = {
 REQUIRED = object()
 MACHINE = {"device": "auto", "threads": None, "seed": 0}
 MODEL = {"like": "qwen3-0.6b", "layers": None, "dtype": None, **MACHINE}
-# command: its flags and their defaults
 DECODING = {**MODEL, "compile": None, "versus": False}
+# command: its flags and their defaults
 COMMANDS = {
     init: {"like": REQUIRED, "layers": None, "tokenizer": None, "out": None, "seed": 0},
     decode: {**DECODING, "batch": 16, "context": 1024, "steps": 64},
@@ -755,6 +755,7 @@ COMMANDS = {
 
 
 def add_flag(parser, name, default):
+    """A flag of FLAGS, with the default that a command gives it."""
     kind, text = FLAGS[name]
     how = {"type": kind}
     if kind is bool:
