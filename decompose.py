@@ -137,6 +137,9 @@ class Lens:
             raise ValueError(f"no norm {self.norm!r}; there are {', '.join(NORMS)}")
         if not (self.temperature > 0 and self.chunk >= 1):
             raise ValueError("temperature must be above 0 and chunk at least 1")
+        self.unembedding = self.model.unembedding
+        if not self.unembedding.is_cuda:  # once: a CPU's product would convert it every time
+            self.unembedding = self.unembedding.float()
 
     def normed(self, component, h):
         """What the unembedding sees of a state."""
@@ -149,7 +152,7 @@ class Lens:
     def __call__(self, component, h, token):
         """The numbers of a state, a dict of tensors [M] and [M,top_k]."""
         h = self.normed(component, h)
-        E = self.model.unembedding
+        E = self.unembedding
         parts = []
         for rows, tokens in zip(h.split(self.chunk), token.split(self.chunk), strict=True):
             z = project(rows, E).div_(self.temperature)  # [chunk,V]

@@ -567,15 +567,10 @@ def master_dtype(args):
     return torch.float32 if parallel.world() > 1 else getattr(torch, args.dtype)
 
 
-def prepare(args, device, memory, host):
-    """Find the model, settle what follows from it and from the machine, and say what the run will
-    do and take: (shape, folder or None)."""
-    config, folder = find_model(args)
-    settings.settle(args, config, device)
-    chosen = settings.settle_memory(args, config, device, memory, host)
+def show_start(args, config, chosen, device, memory):
+    """What the run will do and take."""
     settings.show_run(args, config, schedule(args, config), device)
     show_plan(config, args, chosen, memory, is_gpu(device))
-    return config, folder
 
 
 def schedule(args, config) -> Schedule | None:
@@ -603,8 +598,10 @@ def open_run(args) -> Run:
     device = pick_device(args.device)
     problems, tests = load_data(args)
     memory = settings.free_memory(device)
-    config, folder = prepare(args, device, memory, host_bytes())
+    config, folder = find_model(args)
     args.model_commit = folder and download.commit(folder)
+    settings.settle(args, config, device)
+    chosen = settings.settle_memory(args, config, device, memory, host_bytes())
 
     folder = folder or parallel.on_rank_0(tiny.warm_up, args.out / "warm-up", args.seed)
     model = load_model(folder, master_dtype(args), device)
@@ -616,6 +613,7 @@ def open_run(args) -> Run:
         compile_blocks(model)
     tokenizer = tokenizers.load_tokenizer(folder, args.format)
     prompts, dropped = prompts_of(args, tokenizer, problems)
+    show_start(args, config, chosen, device, memory)
     settings.show_prompts(tokenizer, prompts, dropped)
     tests = prompts_of(args, tokenizer, tests)[0] if tests else []
     compute, longest = getattr(torch, args.dtype), args.max_prompt_tokens + args.max_new_tokens
@@ -642,16 +640,17 @@ def dry_run(args):
     Loads no weights, downloads no model and writes nothing."""
     settings.check_known(args)
     sizes = args.memory or []
+    device = "cuda" if sizes else pick_device(args.device)
+    config, folder = find_model(args)
+    settings.settle(args, config, device)
     if len(sizes) > 1:
-        config, _ = find_model(args)
-        settings.settle(args, config, "cuda")
         print(table({args.model: config}, sizes, args))
         return
+    memory, host = settings.free_memory(device) if not sizes else sizes[0] * 1e9, host_bytes()
     if sizes:
-        _, folder = prepare(args, "cuda", sizes[0] * 1e9, float("inf"))
-    else:
-        device = pick_device(args.device)
-        _, folder = prepare(args, device, settings.free_memory(device), host_bytes())
+        host = float("inf")
+    chosen = settings.settle_memory(args, config, device, memory, host)
+    show_start(args, config, chosen, device, memory)
     if any(needs_hub(name) for name in (args.data, args.eval_data) if name):
         print("problems: not read, a dry run fetches nothing")
         return

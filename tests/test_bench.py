@@ -23,9 +23,11 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def tiny_shapes(monkeypatch):
-    known = dict(TINY)
-    for module in (bench, shapes):
-        monkeypatch.setattr(module, "SHAPES", known)
+    monkeypatch.setattr(shapes, "SHAPES", dict(TINY))
+
+
+def run(command):
+    bench.main([*command.split(), "--device", "cpu", "--threads", "1"])
 
 
 def last_line(capsys):
@@ -33,9 +35,7 @@ def last_line(capsys):
 
 
 def test_decode_prints_one_json_object(capsys):
-    bench.main(
-        "decode --like tiny --batch 3 --context 20 --steps 8 --device cpu --threads 1".split()
-    )
+    run("decode --like tiny --batch 3 --context 20 --steps 8")
     out = last_line(capsys)
     weights, kv = bench.step_bytes(TINY["tiny"], 4)
     assert out["dtype"] == "float32" and out["layers"] == 2 and out["recompiles"] == 0
@@ -50,23 +50,17 @@ def test_bytes_of_a_step():
         model = Transformer(c)
         blocks, norm = sum(p.numel() for p in model.blocks.parameters()), c.d_model
         kv = 2 * c.n_layers * c.n_kv_heads * c.head_dim
-        assert bench.step_bytes(c, 2) == (2 * (blocks + norm + c.vocab_size * c.d_model), 2 * kv), (
-            name
-        )
+        weights = blocks + norm + c.vocab_size * c.d_model
+        assert bench.step_bytes(c, 2) == (2 * weights, 2 * kv), name
 
 
 def test_workload_runs_every_side(capsys):
-    bench.main(
-        "workload --like tiny --requests 7 --prompt 2-9 --output 3-12 --slots 2 --fixed --profile "
-        "--repeats 2 --device cpu "
-        "--threads 1".split()
-    )
+    sizes = "--requests 7 --prompt 2-9 --output 3-12 --slots 2 --repeats 2"
+    run(f"workload --like tiny {sizes} --fixed --profile")
     out = last_line(capsys)
     assert out["occupancy"] == 1.0 and out["slots"] == 2 and 7 * 3 <= out["tokens"] <= 7 * 12
-    assert (
-        out["over_fixed"] == pytest.approx(out["refilled_tok_s"] / out["fixed_tok_s"])
-        and out["over_transformers"] is None
-    )
+    assert out["over_fixed"] == pytest.approx(out["refilled_tok_s"] / out["fixed_tok_s"])
+    assert out["over_transformers"] is None
     assert 0 < out["outside_matmul"] < 1
 
 
@@ -91,10 +85,8 @@ def test_a_range_that_is_none_is_refused(text, capsys):
 
 
 def test_without_transformers_a_line_says_so(capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    bench.main(
-        "workload --like tiny --requests 2 --prompt 2-3 --output 2-3 --versus --device cpu --threads 1".split()  # noqa: E501
-    )
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    run("workload --like tiny --requests 2 --prompt 2-3 --output 2-3 --versus")
     assert "transformers is not installed" in capsys.readouterr().out
 
 
@@ -109,73 +101,50 @@ def test_greedy_tokens_are_those_of_transformers(name):
     assert theirs.get_output_embeddings().weight.data_ptr() == model.unembedding.data_ptr()
     prompts = bench.random_prompts(model.config, [1, 4, 9, 17, 2, 30, 8, 5, 11, 3, 6], 1)
     ours = Sampler(model, 3, 64).generate(prompts, 1, 30, temperature=0)
-    assert [s.ids for (s,) in ours] == bench.transformers_generate(
-        theirs, prompts, [30] * 11, greedy=True
-    ).tolist()
+    generated = bench.transformers_generate(theirs, prompts, [30] * 11, greedy=True)
+    assert [s.ids for (s,) in ours] == generated.tolist()
 
 
 def test_versus_transformers(capsys):
     pytest.importorskip("transformers")
-    bench.main(
-        "workload --like tiny --requests 4 --prompt 2-9 --output 3-12 --versus --versus-batches "
-        "2,4 --device cpu "
-        "--threads 1".split()
-    )
+    sizes = "--requests 4 --prompt 2-9 --output 3-12 --versus-batches 2,4"
+    run(f"workload --like tiny {sizes} --versus")
     out = last_line(capsys)
-    assert out["over_transformers"] == pytest.approx(
-        out["refilled_tok_s"] / max(out["transformers_2_tok_s"], out["transformers_4_tok_s"])
-    )
+    best = max(out["transformers_2_tok_s"], out["transformers_4_tok_s"])
+    assert out["over_transformers"] == pytest.approx(out["refilled_tok_s"] / best)
 
 
 def test_init_writes_a_folder_that_loads(tmp_path, capsys):
     bench.main(["init", "--like", "tiny", "--layers", "1", "--out", str(tmp_path / "m")])
     model = load_model(tmp_path / "m", torch.bfloat16)
-    assert model.config.n_layers == 1 and model.embed.weight.float().std().item() == pytest.approx(
-        0.02, rel=0.1
-    )
+    assert model.config.n_layers == 1
+    assert model.embed.weight.float().std().item() == pytest.approx(0.02, rel=0.1)
     assert capsys.readouterr().out.strip().endswith(str(tmp_path / "m"))
 
 
 @pytest.mark.parametrize(
-    "argv, keys",
+    "command, keys",
     [
+        ("logprobs --like toy --tokens 40 --chunk 16", "time_over_naive memory_over_naive peak_GB"),
         (
-            ["logprobs", "--like", "toy", "--tokens", "40", "--chunk", "16"],
-            {"time_over_naive", "memory_over_naive", "peak_GB"},
+            "step --like toy --tokens 60 --longest 30 --layer 3 --recompute",
+            "share_of_matmul peak_GB",
         ),
-        (
-            [
-                "step",
-                "--like",
-                "toy",
-                "--tokens",
-                "60",
-                "--longest",
-                "30",
-                "--layer",
-                "3",
-                "--recompute",
-            ],
-            {"share_of_matmul", "peak_GB"},
-        ),
-        (
-            ["bupo", "--tokens", "512", "--width", "16"],
-            {"faster_than_reference", "over_flop_fraction"},
-        ),
-        (["optimizer", "--tokens", "4"], {"ns_per_parameter", "bytes_per_parameter"}),
-        (["lens", "--like", "toy", "--tokens", "20", "--layers", "2"], {"faster", "memory"}),
+        ("bupo --tokens 512 --width 16", "faster_than_reference over_flop_fraction"),
+        ("optimizer --tokens 4", "ns_per_parameter bytes_per_parameter"),
+        ("lens --like toy --tokens 20 --layers 2", "faster memory"),
     ],
 )
-def test_training_commands_measure_equal_things(argv, keys, capsys, monkeypatch):
+def test_training_commands_measure_equal_things(command, keys, capsys, monkeypatch):
     """Both sides of a comparison compute the same numbers, and the last line is one JSON object."""
     for name in ("toy", "qwen3-0.6b"):
-        monkeypatch.setitem(bench.SHAPES, name, Config("qwen3", 97, 16, 8, 2, 1, 8, 32, tied=True))
-    bench.main([*argv, "--repeats", "1"])
-    out = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert keys <= out.keys() and out["command"] == argv[0]
-    if argv[0] == "bupo":
+        monkeypatch.setitem(shapes.SHAPES, name, Config("qwen3", 97, 16, 8, 2, 1, 8, 32, tied=True))
+    bench.main([*command.split(), "--repeats", "1"])
+    out, name = last_line(capsys), command.split()[0]
+    assert out["command"] == name and set(keys.split()) <= out.keys()
+    if name == "bupo":
         assert out["same_parameters"] and out["gradients_apart"] < 1e-5
-    if argv[0] == "lens":
+    if name == "lens":
         assert out["entropies_apart"] < 1e-4
 
 
@@ -190,10 +159,8 @@ def test_a_first_session_on_a_gpu_in_miniature(tmp_path, capsys):
     assert all(row["torch"] == torch.__version__ and "commit" in row for row in rows)
     assert "error" not in out.read_text() and "left_out" not in out.read_text()
     seen = {row["part"]: row for row in rows}
-    assert (
-        "pytest" in seen["tests"]["pytest"]["tail"]
-        and (bench_gpu.ROOT / "tests/test_gpu.py").exists()
-    )
+    assert "pytest" in seen["tests"]["pytest"]["tail"]
+    assert (bench_gpu.ROOT / "tests/test_gpu.py").exists()
     assert seen["weights"]["several_updates"]["apart_over_way"] < 1e-6
     assert seen["split"]["1 micro-batches"] == 0 and seen["split"]["8 micro-batches"] < 0.01
     assert len([key for key in seen["head"] if "logits" in key]) == 6

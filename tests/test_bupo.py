@@ -290,8 +290,8 @@ def test_bupo_at_layer_L_is_grpo_bit_for_bit(model, responses):
 
 VARIANTS = [
     {},
-    {"loss": "seq-mean"},
-    {"loss": "dr_grpo", "limit": 20},
+    {"weighting": "seq-mean"},
+    {"weighting": "dr_grpo", "limit": 20},
     {"clip_high": 0.28},
     {"kl": 0.1},
     {"tis": 2.0},

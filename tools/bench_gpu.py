@@ -14,6 +14,7 @@ import copy
 import gc
 import io
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -30,14 +31,14 @@ import tiny
 import train
 from grpo import Policy, backward
 from model import Config, Transformer
-from plumbing import settings
+from plumbing import kernels, settings
 from plumbing.cli import natural
 from plumbing.hub import save_model
-from plumbing.kernels import compile_blocks, flash, has_flash
 from plumbing.metrics import forward_flops, peak_gb
-from plumbing.optimizer import SplitAdamW, make_optimizer
+from plumbing.optimizer import SplitAdamW
 from plumbing.rows import one_line
-from rollout import Response, Sampler
+from plumbing.shapes import preset_config
+from rollout import Sampler
 from tools import bench
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,11 +51,16 @@ N_VOCAB = 151669  # ids that Qwen3's tokenizer uses, of the 151,936 rows of its 
 # what the parts share: models, responses, clocks
 
 
+def smallest(device):
+    """The smallest preset."""
+    return TINY if device.type == "cpu" else preset_config("qwen3-0.6b")
+
+
 def shapes(device):
-    """The shapes to measure: the smallest preset and that of the headline run."""
+    """The shapes to measure: the smallest, and that of the headline run."""
     if device.type == "cpu":
         return {"tiny": TINY}
-    return {like: bench.shape(like) for like in ("qwen3-0.6b", "qwen3-4b")}
+    return {"qwen3-0.6b": smallest(device), "qwen3-4b": preset_config("qwen3-4b")}
 
 
 def trainable(config, device, seed=0):
@@ -66,11 +72,11 @@ def trainable(config, device, seed=0):
 
 
 def responses(config, lengths, seed=0):
-    """Responses of these lengths, an eighth of each its prompt, half of them to be avoided."""
+    """Responses of these lengths, an eighth of each its prompt, good and bad ones."""
+    g = random.Random(seed)
     rows = []
-    for i, ids in enumerate(bench.random_prompts(config, lengths, seed)):
-        cut = max(1, len(ids) // 8)
-        rows.append(Response(ids[:cut], ids[cut:], [0.0] * (len(ids) - cut), advantage=(-1.0) ** i))
+    for ids in bench.random_prompts(config, lengths, seed):
+        rows.append(bench.random_response(ids, max(1, len(ids) // 8), g))
     return rows
 
 
@@ -80,70 +86,58 @@ def gradient(model, rows, micro_tokens):
     backward(Policy(model, n_vocab=used), rows, micro_tokens)
 
 
-def split_adamw(model, kind, offload=False):
-    moment = F32 if kind == "split-m32" else torch.float16
-    return SplitAdamW(model.parameters(), moment_dtype=moment, offload=offload)
-
-
 def flat(tensors):
     return torch.cat([t.detach().float().flatten() for t in tensors])
 
 
-def distance(a, b):
-    """Length of a - b as a share of b's."""
-    return ((a - b).norm() / b.norm()).item()
+def repeat(f, times):
+    for _ in range(times):
+        f()
 
 
-def milliseconds(device, f, repeats=20):
+def milliseconds(device, f, times=20):
     """Mean of some calls enqueued together, after one that warms up."""
     f()
-    repeats = 1 if device.type == "cpu" else repeats
-
-    def several():
-        for _ in range(repeats):
-            f()
-
-    return 1e3 * bench.timed(device, several)[0] / repeats
+    if device.type == "cpu":
+        times = 1
+    return 1e3 * bench.timed(device, partial(repeat, f, times)) / times
 
 
-def recorded_milliseconds(device, f, repeats=20):
+def recorded_milliseconds(device, f, times=20):
     """The same from a CUDA graph, for kernels shorter than the host takes to launch one."""
     if device.type == "cpu":
         return milliseconds(device, f)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        f()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            f()
-    return milliseconds(device, graph.replay, 3) / repeats
+    graph = kernels.cuda_graph(partial(repeat, f, times))
+    return milliseconds(device, graph.replay, 3) / times
 
 
 def command(argv, seconds):
-    """A command's exit code and the end of what it printed."""
+    """A command's exit code, where it is not 0, and the end of what it printed."""
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=seconds, cwd=ROOT)
     except subprocess.TimeoutExpired as e:
         return {"error": f"not done after {seconds:.0f} s", "tail": str(e.stdout or "")[-2000:]}
     out = {"tail": (done.stdout + done.stderr)[-3000:]}
-    return {"error": f"exit code {done.returncode}", **out} if done.returncode else out
+    if done.returncode:
+        out["error"] = f"exit code {done.returncode}"
+    return out
 
 
 # --------------------------------------------------------------------------------------------------
 # right or wrong
 
 
-def tests(device, left):
+def tests(device, seconds):
     """Kernels, recorded steps, sampler against trainer: tests/test_gpu.py without what compiles."""
-    chosen = ["-k", "not True and not default_run"] if device.type == "cuda" else ["--version"]
-    argv = [sys.executable, "-m", "pytest", "-q", "--tb=short", "tests/test_gpu.py", *chosen]
-    yield "pytest", lambda: command([*argv, "-p", "no:cacheprovider"], left())
+    chosen = ["-k", "not True and not default_run"]
+    if device.type == "cpu":
+        chosen = ["--version"]
+    argv = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
+    argv += ["tests/test_gpu.py", *chosen]
+    yield "pytest", lambda: command(argv, seconds - 1)
 
 
-def weights(device, left):
+def weights(device, seconds):
     """Does every update of a step see the weights that the one before it made?"""
     yield "several_updates", partial(several_updates, device)
 
@@ -154,70 +148,76 @@ def several_updates(device):
     The difference as a share of the way the weights went: 0 but for the order of atomic additions.
     Weights cached over a step show as 0.3 of the blocks' way at this learning rate.
     """
+    _, together = four_updates(device, copies=False)
+    before, one_by_one = four_updates(device, copies=True)
+    apart = together - one_by_one
+    way = one_by_one - before
+    return {"apart_over_way": (apart.norm() / way.norm()).item()}
+
+
+def four_updates(device, copies):
+    """The blocks' weights before and after a step of four updates, as train.py makes it."""
     config = Config("qwen3", 512, 128, 4, 4, 2, 32, 256, tied=True)
-    ended = []
-    for together in (True, False):
-        run = trainer(config, device, mini_prompts=2, lr=1e-3)
-        rows, policy = responses(config, [40] * 16), run.policy(config.n_layers)
-        groups = [rows[i : i + 2] for i in range(0, len(rows), 2)]
-        start = flat(run.model.blocks.parameters())
-        minis = train.mini_batches(groups, run.args)
-        for response, logprobs in train.all_logprobs(
-            run, policy, minis
-        ):  # those before the first update
-            response.old_logprobs = logprobs
-        for mini in minis:
-            if not together:
-                policy = run.policy(config.n_layers, copy.deepcopy(run.model))
-            both = list(zip(run.model.parameters(), policy.model.parameters(), strict=True))
-            for p, q in both:
-                q.grad_dtype = p.grad_dtype
-            train.gradient(run, policy, mini)
-            for p, q in both:
-                p.grad = q.grad
-            train.optimizer_step(run, mini, train.clip(run))
-        ended.append(flat(run.model.blocks.parameters()))
-    return {"apart_over_way": ((ended[0] - ended[1]).norm() / (ended[1] - start).norm()).item()}
+    run = trainer(config, device)
+    before = flat(run.model.blocks.parameters())
+    rows = responses(config, [40] * 16)
+    groups = [rows[i : i + 2] for i in range(0, len(rows), 2)]
+    minis = train.mini_batches(groups, run.args)
+    policy = run.policy(config.n_layers)
+    train.store_old_logprobs(run, policy, minis)  # those before the first update
+    for mini in minis:
+        if copies:
+            policy = run.policy(config.n_layers, copy.deepcopy(run.model))
+        both = list(zip(run.model.parameters(), policy.model.parameters(), strict=True))
+        for p, q in both:
+            q.grad_dtype = p.grad_dtype
+        train.gradient(run, policy, mini)
+        for p, q in both:
+            p.grad = q.grad
+        train.optimizer_step(run, mini, train.clip(run))
+    return before, flat(run.model.blocks.parameters())
 
 
-def trainer(config, device, **change):
+def trainer(config, device):
     """A train.Run of a small random model, without data."""
-    args = train.parse(["--model", "tiny", "--device", device.type, "--optimizer", "split-m32"])
-    for name, value in change.items():
-        setattr(args, name, value)
+    flags = "--model tiny --optimizer split-m32 --mini-prompts 2 --lr 1e-3".split()
+    args = train.parse([*flags, "--device", device.type])
     settings.settle(args, config, device.type)
     model = trainable(config, device)
-    stand_in, sampler = SimpleNamespace(n_vocab=config.vocab_size), SimpleNamespace(model=model)
-    run = train.Run(args, model, stand_in, sampler, [], [], "")
-    run.optimizer = make_optimizer(model, args)
+    tokenizer = SimpleNamespace(n_vocab=config.vocab_size)
+    sampler = SimpleNamespace(model=model)
+    run = train.Run(args, model, tokenizer, sampler, [], [], "")
+    run.optimizer = train.make_optimizer(model, args)
     return run
 
 
-def split(device, left):
+def split(device, seconds):
     """Does the gradient depend on how a mini-batch is cut into micro-batches?"""
-    config = next(iter(shapes(device).values()))
-    model, longest = trainable(config, device), 64 if device.type == "cpu" else 512
-    rows, whole = responses(config, [longest - 5 * i for i in range(8)]), []
+    model = trainable(smallest(device), device)
+    longest = 64 if device.type == "cpu" else 512
+    rows = responses(model.config, [longest - 5 * i for i in range(8)])
+    gradients = []
+
+    def apart(parts):
+        model.zero_grad()
+        gradient(model, rows, 8 * longest // parts)
+        gradients.append(flat(p.grad for p in model.parameters()))
+        whole = gradients[0]
+        return ((gradients[-1] - whole).norm() / whole.norm()).item()
+
     for parts in (1, 2, 8):
-
-        def apart(parts=parts):
-            model.zero_grad()
-            gradient(model, rows, 8 * longest // parts)
-            grad = flat(p.grad for p in model.parameters())
-            whole.append(grad)
-            return distance(grad, whole[0])
-
-        yield f"{parts} micro-batches", apart
+        yield f"{parts} micro-batches", partial(apart, parts)
 
 
 # --------------------------------------------------------------------------------------------------
 # speed of the pieces
 
 
-def head(device, left):
+def head(device, seconds):
     """Products with the unembedding, ms: logits, their gradient to states, and to the weights."""
-    small = device.type == "cpu"
-    n, D, V, used = (8, 64, 304, 299) if small else (256, 2560, 151936, N_VOCAB)
+    n, D, V, used = 256, 2560, 151936, N_VOCAB
+    if device.type == "cpu":
+        n, D, V, used = 8, 64, 304, 299
     kinds = ("float32", F32, False), ("tf32", F32, True), ("bf16", BF16, True)
     for columns in (V, used):
         for name, dtype, fast in kinds:
@@ -227,16 +227,19 @@ def head(device, left):
 
 def head_products(device, n, D, columns, dtype):
     """(name, function) of each product; of bfloat16 to float32 where the device has that."""
-    h, dz = (torch.randn(n, size, device=device, dtype=dtype) for size in (D, columns))
+    h = torch.randn(n, D, device=device, dtype=dtype)
+    dz = torch.randn(n, columns, device=device, dtype=dtype)
     E = torch.randn(columns, D, device=device, dtype=dtype)
     dE = torch.zeros(columns, D, device=device)
-    half = {"out_dtype": F32} if dtype == BF16 and device.type == "cuda" else {}
-    yield "logits", lambda: torch.mm(h, E.t(), **half)
+    if dtype == F32 or device.type == "cpu":
+        yield "logits", lambda: h @ E.t()
+    else:
+        yield "logits", lambda: torch.mm(h, E.t(), out_dtype=F32)
+        add = partial(torch.addmm, dE, dz.t(), h, out_dtype=F32)
+        yield "to weights, out_dtype", add
+        yield "to weights, in place", partial(add, out=dE)
     yield "to states", lambda: dz @ E
     yield "to weights", lambda: dE.addmm_(dz.t().float(), h.float())
-    if half:
-        yield "to weights, out_dtype", lambda: torch.addmm(dE, dz.t(), h, **half)
-        yield "to weights, in place", lambda: torch.addmm(dE, dz.t(), h, **half, out=dE)
 
 
 def in_tf32(on, device, f):
@@ -249,60 +252,57 @@ def in_tf32(on, device, f):
         torch.set_float32_matmul_precision(before)
 
 
-def attention(device, left):
+def attention(device, seconds):
     """Decode attention of 64 rows: GB/s of live keys and values, by lengths and by splits."""
-    B, S, H, K, E = (4, 33, 4, 2, 16) if device.type == "cpu" else (64, 8193, 32, 8, 128)
-    if not has_flash(device, BF16, E):
+    B, S, H, K, E = 64, 8193, 32, 8, 128
+    if device.type == "cpu":
+        B, S, H, K, E = 4, 33, 4, 2, 16
+    if not kernels.has_flash(device, BF16, E):
         yield "kernel", lambda: "FlashAttention does not run here"
         return
     q = torch.randn(B, H, E, device=device, dtype=BF16)
-    k, v = (torch.randn(B * S, K, E, device=device, dtype=BF16) for _ in "kv")
+    k = torch.randn(B * S, K, E, device=device, dtype=BF16)
+    v = torch.randn(B * S, K, E, device=device, dtype=BF16)
     starts = torch.arange(B + 1, device=device, dtype=torch.int32)
     spread = torch.rand(B, generator=torch.Generator().manual_seed(0)) ** 2.5
     tail = torch.ones(B)
     tail[:3] = 0.85 * S
-    cases = {"uniform": torch.full((B,), S / 8), "ragged": 1 + spread * (S - 2), "tail of 3": tail}
+    cases = {
+        "uniform": torch.full((B,), S / 8),
+        "ragged": 1 + spread * (S - 2),
+        "tail of 3": tail,
+    }
     for name, lengths in cases.items():
         used = lengths.to(device, torch.int32)
-        call = partial(flash, q, k, v, starts, starts * S, 1, S, used)
-        yield name, partial(attention_speed, device, call, used, K, E)
-        if not takes_splits():
-            continue
-        for n in (1, 2, 4, 8, 16):
-            each = partial(with_splits, n, q, k, v, starts, starts * S, S, used)
-            yield f"{name}, {n} splits", partial(attention_speed, device, each, used, K, E, call)
-
-
-def takes_splits():
-    """Whether torch's operator takes a number of splits; without one the kernel chooses."""
-    arguments = torch.ops.aten._flash_attention_forward.default._schema.arguments
-    return any(a.name == "num_splits" for a in arguments)
-
-
-def with_splits(n, q, k, v, q_starts, k_starts, S, used):
-    operator = torch.ops.aten._flash_attention_forward
-    args = q, k, v, q_starts, k_starts, 1, S, 0.0, False, False
-    return operator(*args, seqused_k=used, num_splits=n)[0]
+        call = partial(kernels.flash, q, k, v, starts, starts * S, 1, S, used)
+        live = 2 * int(used.sum()) * K * E * BF16.itemsize  # bytes
+        yield name, partial(attention_speed, device, call, live)
+        # where the caller may choose into how many parts keys are cut
+        for n in (1, 2, 4, 8, 16) if kernels.public_kernel() else ():
+            cut = partial(call, parts=n)
+            yield f"{name}, {n} splits", partial(attention_speed, device, cut, live, same_as=call)
 
 
 @torch.no_grad()
-def attention_speed(device, call, used, K, E, same_as=None):
+def attention_speed(device, call, live, same_as=None):
     ms = recorded_milliseconds(device, call)
-    out = {"ms": ms, "GB_s": 2 * int(used.sum()) * K * E * 2 / ms / 1e6}
+    out = {"ms": ms, "GB_s": live / ms / 1e6}
     if same_as:
         out["apart"] = (call() - same_as()).abs().max().item()
     return out
 
 
-def decode(device, left):
+def decode(device, seconds):
     """Whole decode steps at 1,024 tokens a row, as a share of the card's copy bandwidth."""
-    small = device.type == "cpu"
-    copy = bench.copy_speed(device, 4 if small else 1024)
+    megabytes, compiling, batches = 1024, (False, True), (64, 1, 256)
+    if device.type == "cpu":
+        megabytes, compiling, batches = 4, (False,), (2,)
+    copy = bench.copy_speed(device, megabytes)
     yield "copy_GB_s", lambda: copy / 1e9
-    for compiled in (False,) if small else (False, True):
-        for batch in (2,) if small else (64, 1, 256):
+    for compiled in compiling:
+        for batch in batches:
             for like, config in shapes(device).items():
-                name = f"{like} B={batch}{' compiled' if compiled else ''}"
+                name = f"{like} B={batch}" + " compiled" * compiled
                 yield name, partial(decode_speed, config, device, batch, compiled, copy)
 
 
@@ -312,21 +312,26 @@ def decode_speed(config, device, batch, compiled, copy):
     model = trainable(config, device)
     sampler = Sampler(model, batch, context + steps, compile=compiled)
     prompts = bench.random_prompts(config, [context - steps // 2], 0)
-    first = bench.timed(device, lambda: sampler.generate(prompts, batch, 2))[0]
+    first = bench.timed(device, lambda: sampler.generate(prompts, batch, 2))
     sampler.generate(prompts, batch, steps)
     seconds = sampler.stats["decode_seconds"] / sampler.stats["steps"]
-    weights, kv = bench.step_bytes(config, 2)
-    speed = (weights + kv * batch * context) / seconds
-    out = {"ms_step": 1e3 * seconds, "tok_s": batch / seconds, "GB_s": speed / 1e9}
     sampler.release()
-    return {**out, "share_of_copy": speed / copy, "first_call_s": first}
+    weights, kv = bench.step_bytes(config, BF16.itemsize)
+    speed = (weights + kv * batch * context) / seconds
+    return {
+        "ms_step": 1e3 * seconds,
+        "tok_s": batch / seconds,
+        "GB_s": speed / 1e9,
+        "share_of_copy": speed / copy,
+        "first_call_s": first,
+    }
 
 
 # --------------------------------------------------------------------------------------------------
 # speed of training
 
 
-def update(device, left):
+def update(device, seconds):
     """Forward and backward of one micro-batch as the trainer does them; MFU is the share of a
     matrix product's speed in the same run, by the operations of the model, recomputed ones not."""
     rate = bench.matmul_speed(device, BF16)
@@ -343,7 +348,7 @@ def update_speed(config, device, recompute, compiled, rate):
     model = trainable(config, device)
     model.recompute = recompute
     if compiled:
-        compile_blocks(model)
+        kernels.compile_blocks(model)
     longest = 32 if device.type == "cpu" else 2048
     count = 4 if config.d_model > 2048 and not recompute else 8
     rows = responses(config, [longest] * count)
@@ -355,23 +360,28 @@ def update_speed(config, device, recompute, compiled, rate):
     once()  # compiles
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = min(bench.timed(device, once)[0] for _ in range(3))
+    seconds = min(bench.timed(device, once) for _ in range(3))
     speed = 3 * forward_flops(model, rows, config.n_layers) / seconds
-    out = {"tokens": count * longest, "ms": 1e3 * seconds, "tflop_s": speed / 1e12}
-    return {**out, "mfu": speed / rate, "peak_GB": peak_gb()}
+    return {
+        "tokens": count * longest,
+        "ms": 1e3 * seconds,
+        "tflop_s": speed / 1e12,
+        "mfu": speed / rate,
+        "peak_GB": peak_gb(),
+    }
 
 
-def optimizer(device, left):
+def optimizer(device, seconds):
     """One optimizer step of the smaller shape, its state on the device and on the host (ms)."""
-    config = next(iter(shapes(device).values()))
-    for kind in ("split-m32", "split"):
-        yield kind, partial(optimizer_speed, config, device, kind, False)
-    yield "split offloaded", partial(optimizer_speed, config, device, "split", True)
+    config = smallest(device)
+    yield "split-m32", partial(optimizer_speed, config, device, moment_dtype=F32)
+    yield "split", partial(optimizer_speed, config, device)
+    yield "split offloaded", partial(optimizer_speed, config, device, offload=True)
 
 
-def optimizer_speed(config, device, kind, offload):
+def optimizer_speed(config, device, **settings):
     model = trainable(config, device)
-    made = split_adamw(model, kind, offload)
+    made = SplitAdamW(model.parameters(), **settings)
     for p in model.parameters():
         p.grad = torch.randn(p.shape, device=device)
     parameters = sum(p.numel() for p in model.parameters())
@@ -379,37 +389,37 @@ def optimizer_speed(config, device, kind, offload):
     return {"step": step, "ns_per_parameter": 1e6 * step / parameters}
 
 
-def profile(device, left):
+def profile(device, seconds):
     """The kernels that take most time: [name, calls, ms]."""
-    config = next(iter(shapes(device).values()))
-    model, small = trainable(config, device), device.type == "cpu"
-    batch, longest, steps = (2, 16, 4) if small else (64, 1024, 16)
+    config = smallest(device)
+    batch, longest, steps = (2, 16, 4) if device.type == "cpu" else (64, 1024, 16)
+    model = trainable(config, device)
+    prompts = bench.random_prompts(config, [longest], 0)
     sampler = Sampler(model, batch, longest + 20)
-    prompts, rows = bench.random_prompts(config, [longest], 0), responses(config, [longest] * 8)
     sampler.generate(prompts, batch, 2)
-    decoding = partial(sampler.generate, prompts, batch, steps)
-    yield f"{steps} decode steps", lambda: top(device, decoding)
+    yield f"{steps} decode steps", lambda: top(device, sampler.generate, prompts, batch, steps)
     sampler.release()
-    training = partial(gradient, model, rows, 8 * longest)
-    training()
-    yield "update", lambda: top(device, training)
+    rows = responses(config, [longest] * 8)
+    gradient(model, rows, 8 * longest)
+    yield "update", lambda: top(device, gradient, model, rows, 8 * longest)
 
 
-def top(device, f, most=15):
-    kind = torch.profiler.ProfilerActivity
-    activity, field = (kind.CPU, "cpu") if device.type == "cpu" else (kind.CUDA, "device")
-    with torch.profiler.profile(activities=[activity]) as seen:
-        f()
-    field = f"self_{field}_time_total"
-    events = sorted(seen.key_averages(), key=lambda e: -getattr(e, field))[:most]
-    return [[e.key[:90], e.count, getattr(e, field) / 1e3] for e in events]
+def top(device, f, *args):
+    kinds = torch.profiler.ProfilerActivity
+    kind, field = kinds.CUDA, "self_device_time_total"
+    if device.type == "cpu":
+        kind, field = kinds.CPU, "self_cpu_time_total"
+    with torch.profiler.profile(activities=[kind]) as seen:
+        f(*args)
+    events = sorted(seen.key_averages(), key=lambda e: -getattr(e, field))
+    return [[e.key[:90], e.count, getattr(e, field) / 1e3] for e in events[:15]]
 
 
 # --------------------------------------------------------------------------------------------------
 # whole runs
 
 
-def runs(device, left):
+def runs(device, seconds):
     """train.py from start to checkpoint on a small random model: by its defaults, and sparingly."""
     sparing = ["--optimizer", "split", "--offload", "--recompute"]
     if device.type == "cuda":
@@ -417,24 +427,25 @@ def runs(device, left):
     yield "sparing", partial(small_run, device, sparing)
 
 
+SMALL_RUN = """--data=tiny --system= --bupo-layer=3 --bupo-steps=1 --steps=2 --prompts=2 --group=8
+    --mini-prompts=1 --slots=16 --lr=1e-4 --max-prompt-tokens=32 --max-new-tokens=48
+    --overlong=soft --overlong-buffer=47""".split()
+
+
 def small_run(device, more):
     """Two steps, one of them internal, in which length is all that is rewarded: a random model
     never answers right. Returns what the last row of metrics.jsonl says."""
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
-        model, out = Path(folder, "model"), Path(folder, "run")
+        model = Path(folder, "model")
+        out = Path(folder, "run")
         tiny.write_tokenizer(model)
         weights = Transformer(tiny.CONFIG).init_weights(0, 0.05)
         weights.embed.weight.data[tiny.END] *= 4  # so that about half of the responses end
         save_model(weights, model, tokenizer_from=model)
-        flags = {"data": "tiny", "system": "", "bupo-layer": 3, "bupo-steps": 1, "steps": 2}
-        flags |= {"prompts": 2, "group": 8, "mini-prompts": 1, "slots": 16, "lr": 1e-4}
-        flags |= {"max-prompt-tokens": 32, "max-new-tokens": 48}
-        flags |= {"overlong": "soft", "overlong-buffer": 47}
-        argv = [f"--{flag}={value}" for flag, value in flags.items()]
-        argv += [f"--model={model}", f"--out={out}", f"--device={device.type}"]
-        train.main([*argv, *more])
+        where = [f"--model={model}", f"--out={out}", f"--device={device.type}"]
+        train.main([*SMALL_RUN, *where, *more])
         row = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-        if not (out / "step_000002" / "MANIFEST.json").exists():
+        if not (out / "step_000002/MANIFEST.json").exists():
             raise FileNotFoundError("the run has left no checkpoint")
     keys = ("updates", "grad_norm", "sampler_diff/mean", "sampler_diff/max", "perf/peak_gb")
     return {key: row[key] for key in keys if key in row}
@@ -461,11 +472,10 @@ LEAST, START = 40, 20  # seconds: no part is started with less; what it does not
 
 def describe(device):
     """What a figure must not be read without."""
-    card = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    versions = {"torch": torch.__version__, "cuda": torch.version.cuda}
     return {
-        "card": card,
-        **versions,
+        "card": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
         "commit": settings.commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -473,11 +483,8 @@ def describe(device):
 
 def rounded(x):
     """Four digits of every number are enough."""
-    if isinstance(x, dict):
-        return {key: rounded(value) for key, value in x.items()}
-    if isinstance(x, list):
-        return [rounded(value) for value in x]
-    return float(f"{x:.4g}") if isinstance(x, float) else x
+    text = json.dumps(x)
+    return json.loads(text, parse_float=lambda digits: float(f"{float(digits):.4g}"))
 
 
 def failure(e):
@@ -493,17 +500,14 @@ def measure(name, device, seconds):
 
     A measurement under way when the time is up is broken off, so that those before it are kept.
     """
-    begin, row = time.perf_counter(), {"part": name}
-
-    def left():
-        return seconds - (time.perf_counter() - begin)
-
+    begin = time.perf_counter()
+    row = {"part": name}
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.01))
     try:
         row |= describe(device)
-        for label, f in PARTS[name][0](device, left):
-            if left() <= 0:
+        for label, f in PARTS[name][0](device, seconds):
+            if time.perf_counter() - begin >= seconds:
                 row.setdefault("left_out", []).append(label)
                 continue
             try:
@@ -547,12 +551,15 @@ def apart(name, seconds, out):
 
 def gpu(args):
     """What to run first on a GPU: correctness, then speed; one JSON line a part."""
-    begin, device = time.perf_counter(), torch.device(args.device)
+    begin = time.perf_counter()
+    device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("no GPU here: --device cpu tries every part on tiny shapes")
     if wrong := set(args.parts or ()) - {*PARTS}:
         raise ValueError(f"--parts: {', '.join(wrong)}: no such part; there are {', '.join(PARTS)}")
-    out = args.out or (ROOT / "results" / "gpu.jsonl" if device.type == "cuda" else None)
+    out = args.out
+    if device.type == "cuda" and not out:
+        out = ROOT / "results/gpu.jsonl"
     for name in args.parts or PARTS:
         left = args.seconds - (time.perf_counter() - begin)
         if device.type == "cpu" or args.parts:
