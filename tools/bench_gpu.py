@@ -164,7 +164,10 @@ def four_updates(device, copies):
     groups = [rows[i : i + 2] for i in range(0, len(rows), 2)]
     minis = train.mini_batches(groups, run.args)
     policy = run.policy(config.n_layers)
-    train.store_old_logprobs(run, policy, minis)  # those before the first update
+    for response, logprobs in train.all_logprobs(
+        run, policy, minis
+    ):  # those before the first update
+        response.old_logprobs = logprobs
     for mini in minis:
         if copies:
             policy = run.policy(config.n_layers, copy.deepcopy(run.model))
