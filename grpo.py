@@ -106,8 +106,14 @@ def collate(responses: list[Response], device="cpu", pack=False) -> Batch:
         position = torch.cat([torch.arange(len(row)) for row in rows])
         forward["position"] = position.to(device)
         forward["attend"] = packed([len(row) for row in rows], device)
-    tensors = [t.to(device) for t in (ids, positions, targets, advantages)]
-    return Batch(*tensors, lengths, forward)
+    return Batch(
+        ids.to(device),
+        positions.to(device),
+        targets.to(device),
+        advantages.to(device),
+        lengths,
+        forward,
+    )
 
 
 def per_token(values: list[float], lengths: list[int]) -> torch.Tensor:
@@ -397,7 +403,7 @@ def backward(
         if kl:
             reference = torch.cat([r.ref_logprobs for r in micro])
             k3 = kl_to_reference(logprobs, reference)
-        weight = per_token([r.weight for r in micro], batch.lengths)
+        weight = per_token([r.weight for r in micro], batch.lengths)  # 1 / N each, by default
         value = ((surrogate + kl * k3) * weight.to(old.device)).sum()
         value.backward()
         for name, x in zip(sums, (value, entropy, clipped_low, clipped_high, k3), strict=True):

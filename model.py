@@ -98,14 +98,15 @@ class Block(nn.Module):
         self.layer = layer  # counts from 1
         self.head_dim = c.head_dim
         self.head_counts = c.n_heads, c.n_kv_heads, c.n_kv_heads
+        # in this order: a gradient's norm is summed in it, and runs repeat bit for bit
         self.attn_norm = RMSNorm(c.d_model, c.norm_eps)
+        self.mlp_norm = RMSNorm(c.d_model, c.norm_eps)
         self.qkv = Linear(c.d_model, sum(self.head_counts) * c.head_dim, bias=c.qkv_bias)
+        self.o = Linear(c.n_heads * c.head_dim, c.d_model, bias=False)
         self.q_norm = self.k_norm = nn.Identity()
         if c.qk_norm:
             self.q_norm = RMSNorm(c.head_dim, c.norm_eps)
             self.k_norm = RMSNorm(c.head_dim, c.norm_eps)
-        self.o = Linear(c.n_heads * c.head_dim, c.d_model, bias=False)
-        self.mlp_norm = RMSNorm(c.d_model, c.norm_eps)
         self.gate_up = Linear(c.d_model, 2 * c.d_mlp, bias=False)
         self.down = Linear(c.d_mlp, c.d_model, bias=False)
 

@@ -528,7 +528,8 @@ class Sampler:
                 stats["prefill_seconds"] += now - start
 
                 state = self.state.tolist()
-                tokens_left, fullest = [], 0
+                tokens_left = []
+                fullest = 0
                 for slot in serving:
                     tokens_left.append(state[LIMIT][slot] - state[DRAWN][slot])
                     fullest = max(fullest, state[POSITION][slot] + 1)
@@ -567,7 +568,8 @@ class Sampler:
         for i, slots in groups.items():
             request = serving[slots[0]]
             prompts[i] = request.response.prompt
-        fresh, computed = deque(groups), 0
+        fresh = deque(groups)
+        computed = 0
         # Requests go in order, so only the first prompt can have been prefilled before. Its KV is
         # still whole: slots are overwritten below, and rows are moved only when nobody waits
         sources = [slot for slot, i in held.items() if i == fresh[0]]

@@ -261,20 +261,11 @@ def gradient(run, policy, mini):
     """`grpo.backward` by the flags. Out of memory it starts again with half the --micro-tokens,
     which changes no gradient, or says what was too large."""
     args = run.args
+    clip = dict(clip_low=args.clip_low, clip_high=args.clip_high, dual_clip=args.dual_clip or None)
+    terms = dict(weighting=args.loss, limit=args.max_new_tokens, kl=args.kl, tis=args.tis or None)
     while True:
         try:
-            sums = backward(
-                policy,
-                mini,
-                args.micro_tokens,
-                clip_low=args.clip_low,
-                clip_high=args.clip_high,
-                dual_clip=args.dual_clip or None,
-                weighting=args.loss,
-                limit=args.max_new_tokens,
-                kl=args.kl,
-                tis=args.tis or None,
-            )
+            sums = backward(policy, mini, args.micro_tokens, **clip, **terms)
             break
         except (RuntimeError, MemoryError) as e:
             if not no_memory(e):
@@ -422,15 +413,8 @@ class Keeper:
             return
         gathered = parallel.gather(run.model, run.optimizer)
         state = {"step": run.step, "num_tokens": run.num_tokens}
-        parallel.on_rank_0(
-            checkpoint.save,
-            run.args.out,
-            run.step,
-            *gathered,
-            state,
-            tokenizer_from=run.model.folder,
-            keep=run.args.keep,
-        )
+        what = run.args.out, run.step, *gathered, state, run.model.folder, run.args.keep
+        parallel.on_rank_0(checkpoint.save, *what)
         self.saved = run.step
 
 

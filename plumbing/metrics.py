@@ -78,7 +78,8 @@ def row(run, step, layer, groups, drawn) -> dict:
     lengths = torch.tensor([float(len(r.ids)) for r in responses])
     stopped = torch.tensor([r.stopped for r in responses])
     terminated = lengths[stopped].mean().item() if stopped.any() else None
-    norms, sums = meter.norms, meter.sums
+    norms = meter.norms
+    sums = meter.sums
     sampled = sum(r.total_length for group in drawn for r in group)
     out = {
         "step": step,
@@ -187,7 +188,8 @@ def line(row) -> str:
 def summary(rows, schedule):
     """The last line: accuracy before and after, when it was best, and memory, from the rows of
     metrics.jsonl alone; None without held-out problems."""
-    scores, seconds, peak = [], 0.0, 0.0  # scores: (accuracy, seconds until then, row)
+    scores = []  # (accuracy, seconds until then, row)
+    seconds = peak = 0.0
     for row in rows:
         seconds += sum(v for k, v in row.items() if k.startswith("time/"))
         peak = max(peak, row.get("perf/peak_gb", 0.0))

@@ -241,7 +241,9 @@ class SplitAdamW(torch.optim.Optimizer):
     def master(self, p: torch.Tensor) -> torch.Tensor:
         """The float32 weights that training knows behind a parameter, a new tensor of its shape."""
         state = self.state.get(p)
-        return join(p.detach(), state["remainder"].to(p.device)) if state else p.detach().float()
+        if not state:
+            return p.detach().float()
+        return join(p.detach(), state["remainder"].to(p.device))
 
     def load_state_dict(self, state_dict):
         """As in torch, but every state tensor keeps its dtype. torch would cast all to the

@@ -909,3 +909,10 @@ def test_damaged_list_of_shards_in_the_cache(folder, tmp_path, monkeypatch):
     damage(snapshot / "model.safetensors.index.json", "zeros")
     with pytest.raises(hub.CheckpointError, match="index.json: the file is damaged"):
         hub.resolve("qwen3-4b")
+
+
+def test_parameters_stand_in_the_order_that_runs_depend_on():
+    """A gradient's norm is summed in it, so another order changes the last bits of every run."""
+    names = [name.partition(".")[0] for name, _ in build("qwen3").blocks[0].named_parameters()]
+    wanted = ["attn_norm", "mlp_norm", "qkv", "o", "q_norm", "k_norm", "gate_up", "down"]
+    assert list(dict.fromkeys(names)) == wanted
