@@ -5,7 +5,7 @@ The problems are sums of one-digit numbers. The warm-up shows two ways of answer
 a problem gets is chance:
 
     7+8+5   worked    7+8=15, 15+5=20. \\boxed{20}    right nearly always: it has learned to add
-    7+8+5   blurted   \\boxed{23}                     a guess, right one time in ten
+    7+8+5   blurted   \\boxed{23}                     a guess, right one time in eleven
 
 So the model starts like a base model before RL: it can solve the problems, but mostly does not
 bother to. Nothing tells it later that working is better, only the reward of the final answer; that

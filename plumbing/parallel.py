@@ -25,7 +25,7 @@ Files         rank 0 alone prints, logs and writes. A checkpoint is gathered to 
               resumes with any number of ranks. Only rank 0 needs to see the run folder.
 
 All ranks must meet in the same collectives in the same order. Hence: decisions depend on exchanged
-data only, what one rank decides alone goes through `on_first`, and a rank that runs out of
+data only, what one rank decides alone goes through `on_rank_0`, and a rank that runs out of
 micro-batches runs idle ones (`in_step`). In an internal phase no rank runs the blocks above l, so
 these are never gathered and their gradients stay None.
 

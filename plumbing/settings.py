@@ -319,6 +319,11 @@ def refuse_contradictions(args):
             f"--watch-layers {args.watch_layers} looks at the responses of step 1, which "
             "--log-samples 0 does not keep: add --watch-layers 0, or log at least 1"
         )
+    if split and parallel.world() > 1:
+        raise ValueError(
+            f"--optimizer {args.optimizer} is for one process: with torchrun the float32 shards are "
+            "the master, leave the flag out"
+        )
     if split and args.dtype == "float32":
         raise ValueError(f"--optimizer {args.optimizer} needs --dtype bfloat16")
     if args.offload and (args.optimizer == "adamw" or args.dtype == "float32"):

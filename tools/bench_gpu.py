@@ -574,7 +574,7 @@ def gpu(args):
 
 
 def add_parser(sub):
-    """The command's flags, for bench.py."""
+    """The command's flags, for tools.bench."""
     text = "what to run first on a GPU"
     q = sub.add_parser("gpu", help=text, description=__doc__, allow_abbrev=False)
     q.set_defaults(run=gpu)
