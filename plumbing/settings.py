@@ -321,8 +321,8 @@ def refuse_contradictions(args):
         )
     if split and parallel.world() > 1:
         raise ValueError(
-            f"--optimizer {args.optimizer} is for one process: with torchrun the float32 shards are "
-            "the master, leave the flag out"
+            f"--optimizer {args.optimizer} is for one process: with torchrun the float32 shards "
+            "are the master, leave the flag out"
         )
     if split and args.dtype == "float32":
         raise ValueError(f"--optimizer {args.optimizer} needs --dtype bfloat16")
