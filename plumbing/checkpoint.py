@@ -474,11 +474,6 @@ def has_checkpoints(run) -> bool:
     return bool(_steps(run))
 
 
-def holds_run(run) -> bool:
-    """Whether a folder holds anything of a run: checkpoints, or logs alone."""
-    return has_checkpoints(run) or any((Path(run) / name).exists() for name in LOGS)
-
-
 def remove_leftovers(run):
     """Remove what a killed save, deletion or rewind left behind, with one line. Call it while
     holding the lock."""

@@ -1032,15 +1032,15 @@ def test_rows_are_read_and_the_rest_is_counted(tmp_path, content, steps, skipped
     assert list(each_row(tmp_path / "none")) == []
 
 
-def test_checkpoints_or_logs_make_a_run(tmp_path, two):
+def test_checkpoints_make_a_run(tmp_path, two):
     run = shutil.copytree(two, tmp_path / "run")
-    assert checkpoint.has_checkpoints(run) and checkpoint.holds_run(run)
+    assert checkpoint.has_checkpoints(run)
     for step in list(run.iterdir()):
         shutil.rmtree(step)
     (run / "step_000003.bad-1").mkdir()
-    assert not checkpoint.holds_run(run) and not checkpoint.holds_run(tmp_path / "nowhere")
     (run / "samples.jsonl").write_text("")
-    assert checkpoint.holds_run(run) and not checkpoint.has_checkpoints(run)
+    assert not checkpoint.has_checkpoints(run)
+    assert not checkpoint.has_checkpoints(tmp_path / "nowhere")
 
 
 def test_compare_names_what_changed():

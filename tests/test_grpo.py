@@ -10,6 +10,7 @@ from grpo import (
     kl_to_reference,
     micro_batches,
     overlong_penalty,
+    plain_token_logprobs,
     policy_loss,
     response_weights,
     token_logprobs,
@@ -191,6 +192,15 @@ def test_token_logprobs_against_float64(T, n_vocab, chunk):
     (lp64 * weight).sum().backward()
     for a, b in zip(ours, theirs, strict=True):
         assert ((a.grad - b.grad).norm() / b.grad.norm()).item() < 1e-6
+
+
+def test_chunks_give_what_the_plain_form_gives():
+    g = torch.Generator().manual_seed(3)
+    h, E = torch.randn(9, 16, generator=g), torch.randn(40, 16, generator=g)
+    targets = torch.randint(0, 30, (9,), generator=g)
+    plain = plain_token_logprobs(h, E, targets, 0.7, 30)
+    for a, b in zip(token_logprobs(h, E, targets, 0.7, 30, chunk=4), plain, strict=True):
+        assert (a - b).abs().max() < 1e-5
 
 
 def test_entropy_of_uniform_and_of_certain():
