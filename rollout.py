@@ -42,6 +42,7 @@ from model import Transformer, packed
 from plumbing import kernels
 from plumbing.data import Problem
 from plumbing.memory import PREFILL_TOKENS
+from plumbing.noise import exponential, fold
 from verify import Verdict
 
 
@@ -74,34 +75,6 @@ class Response:
 
 # --------------------------------------------------------------------------------------------------
 # drawing a token
-
-
-def mix(x):
-    """Scramble 32-bit integers (Python ints, or held in an int64 tensor): a bijection of xor-shifts
-    and multiplications in which every input bit moves every output bit; no product exceeds 63
-    bits."""
-    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
-    x = ((x ^ (x >> 15)) * 0x735A2D97) & 0xFFFFFFFF
-    return x ^ (x >> 15)
-
-
-def fold(*parts: int) -> int:
-    """One 32-bit key for a tuple of integers such as (seed, step) or (seed, prompt, sample)."""
-    key = 0
-    for part in parts:
-        key = mix((key * 31 + 0x9E3779B9 + part) & 0xFFFFFFFF)
-    return key
-
-
-def exponential(count, key, step):
-    """Exp(1) noise, float32 [B,count], in (0, 17): row b holds the numbers named (key[b], step[b],
-    0..count-1). -log(1 - u) of a uniform u."""
-    item = torch.arange(count, device=key.device)
-    row = mix(key ^ mix(step))[:, None]
-    # uniform, 32 bits: small ones, which win, are exact
-    u = (mix(item ^ row).float() + 0.5) * 2.0**-32
-    u = u.clamp(max=1 - 2.0**-24)  # rounded up to 1 it would bar even a sure token
-    return -torch.log1p(-u)
 
 
 def race(weights, key, step):

@@ -44,13 +44,14 @@ from plumbing.hub import HUB, load_model, read_config, repository, resolve
 from plumbing.kernels import compile_blocks, compile_errors, plain_blocks
 from plumbing.memory import host_bytes, memory_plan, show_plan, table
 from plumbing.metrics import Meter, timed
+from plumbing.noise import fold
 from plumbing.optimizer import make_optimizer
 from plumbing.rows import each_row, one_line, read_json
 from plumbing.settings import is_gpu
 from plumbing.shapes import preset_config
 from plumbing.signals import Signals, Stopped
 from plumbing.tokenizer import Tokenizer
-from rollout import Response, Sampler, fold
+from rollout import Response, Sampler
 from verify import verifiable
 
 

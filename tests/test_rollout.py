@@ -15,7 +15,8 @@ import torch.nn.functional as F
 import rollout
 from model import Config, Transformer
 from plumbing import kernels
-from rollout import Sampler, exponential, fold, mix, race
+from plumbing.noise import exponential, fold, mix
+from rollout import Sampler, race
 
 V, STOPS = 97, (3, 5)
 
