@@ -36,6 +36,7 @@ import verify
 from plumbing import checkpoint, download, parallel
 from plumbing.cli import Parser, amount, guarded, natural, pick_device, seed
 from plumbing.data import DataError, fingerprint, load_problems
+from plumbing.hendrycks import hendrycks
 from plumbing.hub import load_model, read_config, resolve
 from plumbing.parallel import on_rank_0
 from plumbing.rows import each_row, printable, read_json
@@ -125,7 +126,7 @@ def judge(text, gold, verifier) -> Verdict:
     """Whether a response is right: by verify.py, or by the string equality of the reference."""
     if verifier == "nanobupo":
         return verify.grade(text, gold)
-    correct = verify.hendrycks(text, gold)
+    correct = hendrycks(text, gold)
     return Verdict(correct, None, "equal: hendrycks" if correct else "different")
 
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 import verify
 from plumbing import exact
-from verify import equal, extract, grade, hendrycks
+from plumbing.hendrycks import hendrycks
+from verify import equal, extract, grade
 
 CASES = [
     json.loads(line)
