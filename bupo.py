@@ -1,8 +1,8 @@
 """Bottom-up Policy Optimization (arXiv 2512.19673): GRPO on an internal layer policy for the first
 steps, then on the whole model.
 
-    pi^l = softmax(H^l E_u^T / T)              the internal layer policy: no norm for l < L
-    pi^L = softmax(norm(H^L) E_u^T / T)        the model's own policy
+    pi^l = softmax(H^l E_u^T / tau)            the internal layer policy: no norm for l < L
+    pi^L = softmax(norm(H^L) E_u^T / tau)      the model's own policy; tau is the temperature
 
 Responses are always sampled from pi^L. In an internal phase the old and the new log-probs both come
 from pi^l, and the ratio is pi^l / pi^l_old. The forward stops at block l, so a step trains blocks
@@ -27,7 +27,7 @@ class InternalPolicy(Policy):
     layer: int = 0  # always given: 0 would be the bare embedding's, which nobody trains
     norm: str = "none"
 
-    def states(self, batch):  # [M,D]; what differs from GRPO
+    def states(self, batch):  # [M,D]; `until` is what differs from GRPO, and the norm
         h = self.model(batch.ids, until=self.layer, **batch.forward)
         h = h.flatten(0, -2)[batch.positions]
         if self.norm == "final":

@@ -2,8 +2,8 @@
 
     advantage   A_i = (r_i - mean(r)) / (std(r) + 1e-6)      over the G responses of one prompt
     ratio       rho_t = pi(o_t) / pi_old(o_t)
-    loss        - sum_t min(rho_t A, clip(rho_t, 1 - low, 1 + high) A) / N
-                N = response tokens of the whole mini-batch
+    loss        - sum_t min(rho_t A, clip(rho_t, 1 - low, 1 + high) A) / M
+                M = response tokens of the whole mini-batch
 
 GRPO is arXiv 2402.03300, the token mean and the asymmetric clip arXiv 2503.14476 (DAPO), the dual
 clip arXiv 1912.09729. Which policy it is that learns is one class, `Policy`: here that of the
@@ -178,7 +178,7 @@ def token_logprobs(
     n_vocab=None,  # ids from here on are no tokens and get no probability, as in sampling
     chunk=256,  # rows of logits held at once: chunk * V * 4 bytes, twice
 ):
-    """Log-probs [M] of target tokens, and the entropy [M] of the policy softmax(h E_u^T / T) they
+    """Log-probs [M] of target tokens, and the entropy [M] of the policy softmax(h E_u^T / tau) they
     come from, float32, in nats, without [M,V]. The entropy carries no gradient."""
     n_vocab = n_vocab or len(unembedding)
     return _TokenLogprobs.apply(h, unembedding, targets, temperature, n_vocab, chunk)
@@ -255,7 +255,7 @@ def _logits(h, E, temperature, n_vocab):
 
 @dataclass
 class Policy:
-    """The model's own policy, pi^L = softmax(norm(H^L) E_u^T / T) over the ids below n_vocab."""
+    """The model's own policy, pi^L = softmax(norm(H^L) E_u^T / tau) over the ids below n_vocab."""
 
     model: Transformer
     temperature: float = 1.0
@@ -403,7 +403,7 @@ def backward(
         if kl:
             reference = torch.cat([r.ref_logprobs for r in micro])
             k3 = kl_to_reference(logprobs, reference)
-        weight = per_token([r.weight for r in micro], batch.lengths)  # 1 / N each, by default
+        weight = per_token([r.weight for r in micro], batch.lengths)  # 1 / M each, by default
         value = ((surrogate + kl * k3) * weight.to(old.device)).sum()
         value.backward()
         for name, x in zip(sums, (value, entropy, clipped_low, clipped_high, k3), strict=True):

@@ -1,7 +1,7 @@
 """Llama and Qwen in plain PyTorch, with the residual stream as the thing the model exposes.
 
     H^0 = embedding               A^l = attention write of block l     F^l = MLP write of block l
-    resid_mid = H^{l-1} + A^l     H^l = resid_mid + F^l                l = 1 .. L, as in the paper
+    resid_mid = H^{l-1} + A^l     H^l = resid_mid + F^l                l = 1 .. L (arXiv 2512.19673)
 
     model(ids, until=l)        H^l, un-normed, having run blocks 1..l and no other
     model.unembed(h, layer=l)  logits of the internal layer policy pi^l; the final norm is applied

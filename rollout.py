@@ -17,8 +17,8 @@ attention reads the live part of a row through the FlashAttention kernel inside 
 it is SDPA under a mask. The GPU paths are written to torch's documentation and NOT YET MEASURED on
 a GPU.
 
-The sampler reads the trained parameters themselves: an optimizer step is seen by the next
-`generate` and there is nothing to sync.
+With one process the sampler reads the trained parameters themselves: an optimizer step is seen by
+the next `generate` and there is nothing to sync. Under torchrun it has a copy.
 
 Noise is a hash of (seed, prompt index, sample index, step, token), not a stream of a generator: a
 sample does not depend on what else is in the batch, on the number of slots, or on when its slot was

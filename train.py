@@ -8,9 +8,15 @@ whole model.
     python train.py --model qwen3-4b --dry-run --memory 80               plan and memory, no GPU
     torchrun --nproc-per-node 8 train.py --model qwen3-8b                8 GPUs
 
-The value of the loss says nothing; watch the reward. The run folder holds config.json,
-metrics.jsonl, samples.jsonl, step_000030/ (a Hugging Face folder plus optimizer state) and figures.
-The same command run again resumes from the newest valid step.
+A step, in `train`:
+
+    problems -> responses of the whole model -> rewards -> advantages within each group
+    -> log-probs of the layer's policy before any update
+    -> for every mini-batch: gradient of the clipped loss, clip its norm, optimizer step
+
+The flags are in plumbing/settings.py. The value of the loss says nothing; watch the reward. The
+run folder holds config.json, metrics.jsonl, samples.jsonl, step_000030/ (a Hugging Face folder plus
+optimizer state) and figures. The same command run again resumes from the newest valid step.
 Exit codes: 0 done, 2 usage, 3 data, 4 checkpoint, 5 numerics, 6 memory, 7 another rank died, 8 the
 disk is full or a checkpoint cannot be written (those before it stand), 75 ended by SIGTERM, SIGHUP
 or SIGUSR1 with its state saved, 130 by Ctrl-C.
@@ -101,7 +107,7 @@ def train(run, log):
         policy = run.policy(layer)
         problems = next_problems(run, step, args.prompts)
         groups = sample(run, problems, args.group, noise=(step, 0))  # [N][G] responses, of pi^L
-        groups = drawn = grade_all(run, groups, problems)
+        groups = drawn = grade_and_gather(run, groups, problems)
         if args.refills:
             groups, drawn = replace_equal_groups(run, step, drawn)
 
@@ -149,7 +155,7 @@ def replace_equal_groups(run, step, drawn):
             break
         problems = next_problems(run, step, missing, refill)
         new = sample(run, problems, args.group, noise=(step, refill))
-        new = grade_all(run, new, problems)
+        new = grade_and_gather(run, new, problems)
         drawn = drawn + new
     return groups or new, drawn  # without anything to learn from it is still a step
 
@@ -195,7 +201,7 @@ def sample(run, problems, n, noise, progress=None) -> list[list[Response]]:
 
 
 @timed("grade")
-def grade_all(run, groups, problems) -> list[list[Response]]:
+def grade_and_gather(run, groups, problems) -> list[list[Response]]:
     """Grade this rank's responses, give each its reward, and gather those of all ranks."""
     args, local = run.args, parallel.local_slice(len(problems))
     for group, (problem, _) in zip(groups, problems[local], strict=True):
@@ -262,11 +268,11 @@ def gradient(run, policy, mini):
     """`grpo.backward` by the flags. Out of memory it starts again with half the --micro-tokens,
     which changes no gradient, or says what was too large."""
     args = run.args
-    clip = dict(clip_low=args.clip_low, clip_high=args.clip_high, dual_clip=args.dual_clip or None)
+    clips = dict(clip_low=args.clip_low, clip_high=args.clip_high, dual_clip=args.dual_clip or None)
     terms = dict(weighting=args.loss, limit=args.max_new_tokens, kl=args.kl, tis=args.tis or None)
     while True:
         try:
-            sums = backward(policy, mini, args.micro_tokens, **clip, **terms)
+            sums = backward(policy, mini, args.micro_tokens, **clips, **terms)
             break
         except (RuntimeError, MemoryError) as e:
             if not no_memory(e):
@@ -427,7 +433,9 @@ def due(step, every, last=None) -> bool:
 def evaluate(run) -> dict:
     """Avg@1 on the held-out problems, with the same noise at every step."""
     start = time.time()
-    responses = grade_all(run, sample(run, run.tests, 1, noise=(0,), progress="eval"), run.tests)
+    responses = grade_and_gather(
+        run, sample(run, run.tests, 1, noise=(0,), progress="eval"), run.tests
+    )
     return {
         "eval/accuracy": avg_at_k([[r.verdict.correct for r in group] for group in responses]),
         "eval/questions": len(responses),

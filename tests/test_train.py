@@ -257,18 +257,18 @@ def test_reward_of_long_responses_by_hand(overlong, by_hand):
 def test_masked_responses_are_out_of_numerator_and_denominator(folder, tmp_path, monkeypatch):
     """--overlong mask: the loss sees the stopped responses only. Half of them count as stopped
     here, by a coin."""
-    seen, grade_all, mini_batches = [], train.grade_all, train.mini_batches
+    seen, grade_and_gather, mini_batches = [], train.grade_and_gather, train.mini_batches
 
     def toss(run, groups, problems):
         for r in [r for group in groups for r in group]:
             r.stopped = sum(r.ids) % 2 == 0
-        return grade_all(run, groups, problems)
+        return grade_and_gather(run, groups, problems)
 
     def noted(groups, args):
         seen.append(mini_batches(groups, args))
         return []
 
-    monkeypatch.setattr(train, "grade_all", toss)
+    monkeypatch.setattr(train, "grade_and_gather", toss)
     monkeypatch.setattr(train, "mini_batches", noted)
     monkeypatch.setattr(train, "reward", lambda r, args: float(sum(r.ids) % 3))
     for overlong in ("mask", "zero"):
