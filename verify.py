@@ -239,7 +239,9 @@ for row in (
     MACROS |= dict.fromkeys(others, plain)
 FONTS = "mathit|mathbf|boldsymbol|bm|vec|pmb|underline"
 TEXT = rf"\\(text[a-z]*|mbox|hbox|mathrm|operatorname\*?|mathsf|mathtt|{FONTS})\s*\{{([^{{}}]*)\}}"
-UNITS = {}  # {a word for a measure or its power: its name}
+# {a word for a measure or its power: its name}, the first of each row. A unit's name is that of its
+# words, sorted and joined: mph and miles per hour are hourmile, cm^2 and square cm Squarecentimeter
+UNITS = {}
 for row in (
     "second sec s,minute min,hour hr h,day,week,month,year,cent,dollar USD,euro,degree deg,"
     "radian rad,inch inche in,foot feet ft,yard yd,mile mi,millimeter millimetre mm,"
@@ -276,32 +278,37 @@ def untext(m):
     return f"\\{content} " if content in FUNCTIONS else f"\x02{m[2]}\x03"
 
 
-# in this order
+# Patterns and what takes their place, in this order. \x02 and \x03 stand around prose, see `untext`
 REWRITINGS = (
-    (r"\{,\}", ","),
+    # LaTeX: spelling, degrees, matrices
+    (r"\{,\}", ","),  # 1{,}000
     (r"\\(?:left|right)\s*\.|\\(?:text)?color\{[a-z]*\}", ""),
-    (r"\\\{\s*\\\}", r"\\emptyset "),
+    (r"\\\{\s*\\\}", r"\\emptyset "),  # { }
     (r"\\(?:[A-Za-z]+|.)", lambda m: MACROS.get(m[0], m[0])),
-    (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})", "°"),
+    (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})", "°"),  # 90^{\circ}
     (r"\\begin\{[pbB]?(?:matrix|array)\}(?:\{[^{}]*\})?", r"\\mat "),
     (r"\\end\{[pbB]?(?:matrix|array)\}", r"\\endmat "),
     (r"(\\(?:frac|binom)\{(?:[^{}]|\{[^{}]*\})*\})([0-9])", r"\1{\2}"),  # \frac{a}2
+    # prose and signs typed as words
     (TEXT, untext),
     (TEXT, untext),  # a \text inside a \text
     (r"!=", r"\\ne "),
     (r"<=", r"\\le "),
     (r">=", r"\\ge "),
     (r"~", " "),
+    # 3 pm -> 3:00 pm -> 3:00 \unitpm; 5 percent -> 5%; what prose is left names a unit or nothing
     (r"(?i:(?<![:0-9])([0-9]{1,2})(?=\s*\x02?\s*[ap]\.?\s?m\b))", r"\1:00"),
     (r"(?i:(?<=:[0-5][0-9])\s*\x02?\s*a\.?\s?m\b\.?)", r" \\unitam "),
     (r"(?i:(?<=:[0-5][0-9])\s*\x02?\s*p\.?\s?m\b\.?)", r" \\unitpm "),
     (r"(?<![A-Za-z])\s*(?:per ?cent|pct)\b\.?(?= ?(?:$|,|\x03))", "%"),
     (rf"(?<=[^\s\x02,=:])(?:\s*\x02[^\x03%0-9]*\x03{POWER})+[\s.]*$", unit),
+    # what stands around an answer: "the final answer is", punctuation; "2 and 3" -> 2, 3
     (r"[\x02\x03\s]+", " "),
     (r"^[ ,;:=*\"`]+|[ .,;:*\"`]+$", ""),
     (r"^(?:\\approx|(?i:(?:the )?(?:(?:final|correct) )?(?:answer|option)(?: is)?\b:?)) ?", ""),
     (r",?\s\b(?:and|or)\b\s", ", "),
     (r"(?<=[0-9)\]}])\s?,?\s?(?:and|or)\s?(?=[-0-9(\[{\\]|[A-Za-z]\w* ?[=(])", ", "),
+    # words for values; units after a number; sin x -> \sin x; 1 2/3 -> 1\frac{2}{3}; 1 000 -> 1000
     (r"(?i:(?<![A-Za-z\\])\+?(?:infinity|infinitely many|oo)(?![A-Za-z]))", r"\\infty "),
     (r"(?i:^(?:the )?(?:set of )?(?:all )?real(?:s| numbers)$)", r"\\mathbb{R}"),
     (MEASURE, unit),
