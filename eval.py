@@ -246,12 +246,12 @@ def identity(folder) -> str:
     return digest.hexdigest()
 
 
-def earlier(out, settings, problems, fresh) -> dict:
+def earlier(out, settings, questions, fresh) -> dict:
     """The results.json of a folder, or a new one with these settings.
 
-    problems: {set: [Problem]} of the sets asked for. Raises ValueError, in one line that says what
-    differs, when the folder holds something else: results of other settings, or of other questions
-    under the name of one of these sets.
+    questions: {set: SHA-256 of its problems} of the sets asked for. Raises ValueError, in one line
+    that says what differs, when the folder holds something else: results of other settings, or of
+    other questions under the name of one of these sets.
     """
     path = out / "results.json"
     if not path.exists() and not (out / "samples.jsonl").exists():
@@ -264,9 +264,9 @@ def earlier(out, settings, problems, fresh) -> dict:
         raise ValueError(f"{out} holds files not of eval.py: name another --out") from None
     if changed := differences(old, settings):
         raise ValueError(f"{out} holds other results ({'; '.join(changed)}): name another --out")
-    for name, asked in problems.items():
+    for name, sha256 in questions.items():
         score = old["sets"].get(name)
-        if score and score.get("data_sha256") != fingerprint(asked) and not fresh:
+        if score and score.get("data_sha256") != sha256 and not fresh:
             raise ValueError(
                 f"{out} holds {name} with other questions ({score['questions']} of them, "
                 f"--limit {score.get('limit')}): name another --out, or replace it by --fresh"
@@ -395,12 +395,13 @@ def main(argv=None):
 
     out = Path(args.out or f"out/eval-{folder_name(args.model)}")
     with nullcontext() if parallel.rank() else checkpoint.lock(out):
-        results = on_rank_0(earlier, out, settings, problems, args.fresh)
+        questions = {name: fingerprint(p) for name, p in problems.items()}
+        results = on_rank_0(earlier, out, settings, questions, args.fresh)
         sets, sampler = results["sets"], None
         for name, (pairs, dropped) in prompts.items():
-            questions = fingerprint(problems[name])
             # rows of other settings, or of other questions, are never taken for this set's
-            digest = hashlib.sha256(json.dumps([settings, name, questions]).encode()).hexdigest()
+            about = json.dumps([settings, name, questions[name]])
+            digest = hashlib.sha256(about.encode()).hexdigest()
             part = out / f".samples-{digest[:16]}.jsonl"
             if name in sets or args.fresh:  # what a kill has left
                 on_rank_0(part.unlink, missing_ok=True)
@@ -415,7 +416,7 @@ def main(argv=None):
                 on_rank_0(save_results, out, results)  # the folder is of these settings
             start = time.time()
             groups = evaluate(sampler, tokenizer, name, pairs, args, part)
-            score = scores(groups) | {"dropped_prompts": dropped, "data_sha256": questions}
+            score = scores(groups) | {"dropped_prompts": dropped, "data_sha256": questions[name]}
             score |= {"device": device, "torch": torch.__version__, "limit": args.limit}
             score |= {"model_commit": download.commit(folder), "seconds": time.time() - start}
             sets[name] = score

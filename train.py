@@ -400,12 +400,13 @@ class Keeper:
             tqdm.write(f"first response (reward {responses[0].reward:g}):\n{text}")
         logged = responses[: args.log_samples]
         self.samples.write([sample_row(r, step=step) for r in logged])
-        if args.watch_layers and (step % args.watch_layers == 0 or step == 1):
+        if args.watch_layers and (step == 1 or due(step, args.watch_layers)):
             row |= parallel.on_rank_0(watch, run, args.out)
         self.write(row)
+        line = metrics.line(row)
         if self.bar.disable:
-            print(f"step {step}/{args.steps}  {metrics.line(row)}", flush=True)
-        self.bar.set_postfix_str(metrics.line(row), refresh=False)
+            print(f"step {step}/{args.steps}  {line}", flush=True)
+        self.bar.set_postfix_str(line, refresh=False)
         self.bar.update()
         # not in the middle of a failure
         if step == args.steps or (due(step, args.save_every) and not run.unfit):
@@ -560,9 +561,9 @@ def master_dtype(args):
     return torch.float32 if parallel.world() > 1 else getattr(torch, args.dtype)
 
 
-def show_start(args, config, chosen, device, memory):
+def show_start(args, config, phases, chosen, device, memory):
     """What the run will do and take."""
-    settings.show_run(args, config, schedule(args, config), device)
+    settings.show_run(args, config, phases, device)
     show_plan(config, args, chosen, memory, is_gpu(device))
 
 
@@ -593,6 +594,7 @@ def open_run(args) -> Run:
     memory = settings.free_memory(device)
     config, folder = find_model(args)
     args.model_commit = folder and download.commit(folder)
+    phases = schedule(args, config)  # a layer that the model has not is refused before it is loaded
     settings.settle(args, config, device)
     chosen = settings.settle_memory(args, config, device, memory, host_bytes())
 
@@ -606,16 +608,16 @@ def open_run(args) -> Run:
         compile_blocks(model)
     tokenizer = tokenizers.load_tokenizer(folder, args.format)
     prompts, dropped = prompts_of(args, tokenizer, problems)
-    show_start(args, config, chosen, device, memory)
+    show_start(args, config, phases, chosen, device, memory)
     settings.show_prompts(tokenizer, prompts, dropped)
     tests = prompts_of(args, tokenizer, tests)[0] if tests else []
     compute, longest = getattr(torch, args.dtype), args.max_prompt_tokens + args.max_new_tokens
     model = parallel.shard(model, args.replicas, compute)
     sampler = Sampler(parallel.sampling_copy(model, compute), args.slots, longest, args.compile)
-    run = Run(args, model, tokenizer, sampler, prompts, tests, fingerprint(problems))
-    if args.bupo_layer == "auto":
+    run = Run(args, model, tokenizer, sampler, prompts, tests, fingerprint(problems), phases)
+    if phases is None:
         choose_layer(run)
-    run.schedule = schedule(args, config)
+        run.schedule = schedule(args, config)
     return run
 
 
@@ -635,15 +637,15 @@ def dry_run(args):
     sizes = args.memory or []
     device = "cuda" if sizes else pick_device(args.device)
     config, folder = find_model(args)
+    phases = schedule(args, config)
     settings.settle(args, config, device)
     if len(sizes) > 1:
         print(table({args.model: config}, sizes, args))
         return
-    memory, host = settings.free_memory(device) if not sizes else sizes[0] * 1e9, host_bytes()
-    if sizes:
-        host = float("inf")
+    memory = sizes[0] * 1e9 if sizes else settings.free_memory(device)
+    host = float("inf") if sizes else host_bytes()
     chosen = settings.settle_memory(args, config, device, memory, host)
-    show_start(args, config, chosen, device, memory)
+    show_start(args, config, phases, chosen, device, memory)
     if any(needs_hub(name) for name in (args.data, args.eval_data) if name):
         print("problems: not read, a dry run fetches nothing")
         return
@@ -673,6 +675,7 @@ def rehearse(run):
     run.sampler.release()
     P, N = args.max_prompt_tokens, args.max_new_tokens
     longest = Response([0] * P, [0] * N, [0.0] * N, advantage=1.0)
+    longest.ref_logprobs = torch.zeros(N, device=model.unembedding.device)  # for a KL term
     rows = max(1, args.micro_tokens // (P + N)) * parallel.world()
     policy = run.policy(model.config.n_layers)
     try:

@@ -818,10 +818,25 @@ def test_out_of_memory_says_what_was_too_large(folder, tmp_path, monkeypatch, ca
     assert "16384 tokens" not in last and "GB held" in last
 
 
-def test_the_rehearsal_runs_the_largest_batch_and_changes_nothing(folder, tmp_path, monkeypatch):
+def test_a_layer_that_is_not_there_is_refused_before_the_model_is_loaded(
+    folder, tmp_path, capsys, monkeypatch
+):
+    def loaded(*a):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(train, "load_model", loaded)
+    with pytest.raises(SystemExit) as e:
+        guarded(train.main, flags(folder, tmp_path / "r", **{"bupo-layer": 4}))
+    assert e.value.code == 2 and "layers 1 to 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kl", [0, 0.1])
+def test_the_rehearsal_runs_the_largest_batch_and_changes_nothing(
+    folder, tmp_path, monkeypatch, kl
+):
     """What a GPU does before the first step: one update of as many responses of full length as fit
     --micro-tokens, at full depth."""
-    args = train.parse(flags(folder, tmp_path / "r", **{"micro-tokens": 100}))
+    args = train.parse(flags(folder, tmp_path / "r", kl=kl, **{"micro-tokens": 100}))
     run = train.open_run(args)
     run.optimizer, before, seen = optimizer.make_optimizer(run.model, args), weights(folder), []
     real = train.backward
