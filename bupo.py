@@ -12,16 +12,24 @@ l = L.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
+from math import inf
+from statistics import fmean
 
-from grpo import Policy
+import torch
+import torch.nn.functional as F
+
+from grpo import Policy, batches, stored_logprobs
+from plumbing import parallel
 
 
 @dataclass
 class InternalPolicy(Policy):
     """The policy of an internal layer, from 1 to L.
 
-    norm="final" puts the final norm before the unembedding at l < L too; the paper and its code
-    have none there.
+    norm    before the unembedding at l < L. "final": the norm of the last layer; "rms": division by
+            the root mean square alone, so that no logit depends on how long H^l is; the paper and
+            its code have "none"
     """
 
     layer: int = 0  # always given: 0 would be the bare embedding's, which nobody trains
@@ -32,68 +40,145 @@ class InternalPolicy(Policy):
         h = h.flatten(0, -2)[batch.positions]
         if self.norm == "final":
             return self.model.norm(h)
+        if self.norm == "rms" and self.layer < self.model.config.n_layers:
+            return F.rms_norm(h, h.shape[-1:], eps=self.model.config.norm_eps)
         return self.model.norm_at(h, self.layer)  # none below L
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which layer's policy is trained at which step: phases of (layer, last step), bottom up, then
-    the whole model.
+    """Which layers' policies are trained at which step: phases of (layers, last step), then the
+    whole model.
 
-    A pure function of the step, so that a resumed run cannot be in another phase than the one that
-    stopped.
+    A pure function of the step (and, of --bupo-steps auto, of the rows of the steps before), so
+    that a resumed run cannot be in another phase than the one that stopped.
     """
 
-    phases: tuple[tuple[int, int], ...]  # (layer, last step), e.g. ((6, 20), (26, 30))
+    phases: tuple  # of (layers, last step), e.g. (((6,), 20), ((26,), 30))
     n_layers: int
 
     @classmethod
     def parse(cls, layers: str, steps: str, n_layers: int) -> "Schedule":
         """`parse("6,26", "20,10", 36)`: layer 6 for steps 1-20, layer 26 for 21-30, layer 36 from
-        31 on. "none" or "36" is plain GRPO.
+        31 on. "6+36" is a phase of both at once: the sum of their losses. "none" or "36" is plain
+        GRPO. Steps "auto" end the one phase when `is_over` says so.
 
         Layers are the paper's, from 1 (0 would be the embedding). Raises ValueError in one line.
         """
         try:
-            ls = [int(x) for x in layers.split(",") if x.strip()] if layers != "none" else []
-            ns = [int(x) for x in steps.split(",") if x.strip()]
+            parts = [part for part in layers.split(",") if part.strip()] if layers != "none" else []
+            phases = [tuple(int(layer) for layer in part.split("+")) for part in parts]
+            counts = [inf] if steps == "auto" else [int(n) for n in steps.split(",") if n.strip()]
         except ValueError:
             raise ValueError(
                 f"BuPO layers {layers!r} and steps {steps!r} must be whole numbers, as in 6,26 and "
                 "20,10"
             ) from None
-        if bad := [l for l in ls if not 1 <= l <= n_layers]:
-            raise ValueError(
-                f"BuPO layer {bad[0]} does not exist: this model has layers 1 to {n_layers} "
-                f"({n_layers} is plain GRPO)"
-            )
-        if ls in ([], [n_layers]):
+        for layer in sum(phases, ()):
+            if not 1 <= layer <= n_layers:
+                raise ValueError(
+                    f"BuPO layer {layer} does not exist: this model has layers 1 to {n_layers} "
+                    f"({n_layers} is plain GRPO)"
+                )
+        if phases in ([], [(n_layers,)]):
             return cls((), n_layers)
-        if sorted(set(ls)) != ls:
-            raise ValueError(f"BuPO layers {layers} must rise: the phases go bottom up")
-        if len(ls) != len(ns):
+        if len(phases) != len(counts):
             raise ValueError(
-                f"{len(ls)} BuPO layers ({layers}) need as many step counts, not {len(ns)} "
+                f"{len(phases)} BuPO layers ({layers}) need as many step counts, not {len(counts)} "
                 f"({steps})"
             )
-        if bad := [n for n in ns if n < 0]:
-            raise ValueError(f"BuPO steps must not be negative, not {bad[0]}")
-        phases, last = [], 0
-        for layer, n in zip(ls, ns, strict=True):
-            last += n
-            phases.append((layer, last))
-        return cls(tuple(phases), n_layers)
+        if any(len(set(phase)) < len(phase) for phase in phases):
+            raise ValueError(f"BuPO layers {layers}: a layer stands twice in one phase")
+        if any(a == b for a, b in pairwise(phases)):
+            raise ValueError(f"BuPO layers {layers}: two phases in a row are the same, make it one")
+        if min(counts) < 0:
+            raise ValueError(f"BuPO steps must not be negative, not {min(counts)}")
+        last = [sum(counts[: i + 1]) for i in range(len(counts))]
+        return cls(tuple(zip(phases, last, strict=True)), n_layers)
 
-    def layer_at(self, step: int) -> int:
-        """Layer whose policy step `step` (from 1) trains; L once the internal phases are over."""
-        for layer, last in self.phases:
-            if step <= last:
-                return layer
-        return self.n_layers
+    def layers_at(self, step: int, rows=()) -> tuple[int, ...]:
+        """Layers whose policies step `step` (from 1) trains, rows being those of the steps before;
+        (L,) once the internal phases are over."""
+        for layers, last in self.phases:
+            if step <= last and not (last == inf and is_over(rows)):
+                return layers
+        return (self.n_layers,)
 
     def __str__(self):
         parts, start = [], 0
-        for layer, last in self.phases:
-            parts.append(f"bupo layer {layer} for {last - start} steps")
+        for layers, last in self.phases:
+            long = "as long as it helps" if last == inf else f"for {last - start} steps"
+            parts.append(f"bupo layer {'+'.join(map(str, layers))} {long}")
             start = last
         return ", then ".join([*parts, "grpo"])
+
+
+# --------------------------------------------------------------------------------------------------
+# --bupo-steps auto: how long an internal phase helps
+
+
+def look(policy: InternalPolicy, whole: Policy, responses, max_tokens) -> dict:
+    """After an internal step's updates, on its right responses, in nats a token:
+
+    guard/forgotten   mean of log pi^L before - log pi^L now: above 0 the model itself has
+                      become less likely to give its own right answers
+    guard/agreement   mean of log pi^l - log pi^L, an estimate of -KL(pi^L || pi^l)
+    """
+    local = parallel.local_responses(responses)
+    sums = {"tokens": 0, "before": 0.0, "now": 0.0, "inner": 0.0}
+    for response, logprobs, _ in stored_logprobs(whole, local, max_tokens):
+        sums["tokens"] += len(response.ids)
+        sums["before"] += sum(response.logprobs)
+        sums["now"] += logprobs.sum().item()
+    for _, logprobs, _ in stored_logprobs(policy, local, max_tokens):
+        sums["inner"] += logprobs.sum().item()
+    sums = parallel.all_reduce(sums)
+    return {
+        "guard/forgotten": (sums["before"] - sums["now"]) / sums["tokens"],
+        "guard/agreement": (sums["inner"] - sums["now"]) / sums["tokens"],
+    }
+
+
+def is_over(rows, patience=3) -> bool:
+    """Whether an internal phase has had its time, by what `look` said in the rows of its steps:
+    over the last `patience` of them the model forgot, or agreement stopped growing."""
+    rows = [row for row in rows if "guard/agreement" in row]
+    if len(rows) <= patience:
+        return False
+    late = rows[-patience:]
+    forgotten = fmean(row["guard/forgotten"] for row in late)
+    best = max(row["guard/agreement"] for row in rows[:-patience])
+    return forgotten > 0 or max(row["guard/agreement"] for row in late) <= best
+
+
+# --------------------------------------------------------------------------------------------------
+# --align: the last layer teaches an internal one
+
+
+def js_estimate(log_rho):
+    """The Jensen-Shannon divergence of two policies p and q, in nats, estimated at a token drawn
+    from p: (-log m + rho (log rho - log m)) / 2 with rho = q / p and m = (1 + rho) / 2. Never
+    negative; its mean over p is the divergence."""
+    log_rho = log_rho.clamp(-20, 5)
+    rho = log_rho.exp()
+    log_m = ((1 + rho) / 2).log()
+    return (rho * (log_rho - log_m) - log_m) / 2
+
+
+def align(policy: InternalPolicy, responses, max_tokens, coefficient):
+    """Gradient of on-policy internal self-distillation (OISD, arXiv 2605.29089), added to .grad:
+    what a response did right draws pi^l towards pi^L, what it did wrong drives them apart.
+
+        loss   coefficient * sum_t A_t d_t / M,    d_t = js_estimate(log pi^l - log pi^L)
+
+    The teacher is pi^L as it drew the response. The paper sums over the vocabulary and aligns
+    attention too; this does not.
+    """
+    M = sum(len(r.ids) for r in responses)
+    local = parallel.local_responses(responses)
+    for micro, batch in batches(policy.model, local, max_tokens):
+        logprobs, _ = policy.logprobs(batch)
+        teacher = [x for r in micro or () for x in r.logprobs] or [0.0] * len(logprobs)
+        d = js_estimate(logprobs - torch.tensor(teacher, device=logprobs.device))
+        # a batch that only keeps in step with other ranks has advantage 0
+        (coefficient * (batch.advantages * d).sum() / M).backward()

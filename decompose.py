@@ -450,6 +450,7 @@ def watch(model, sequences, layer, max_tokens=512, seed=0, **options):
                           own policy
     watch/entropy, watch/layer_entropy    mean entropy of pi^L and of pi^layer, nats
     watch/layer_cos       mean cosine of H^layer with H^L: the paper's feature refinement
+    watch/layer_rms, watch/layer_kl    mean root mean square of H^layer; KL(pi^L || pi^layer), nats
     """
     options = {"components": ("resid_post", "final"), "layers": [layer], "top_k": 0, **options}
     table = measure_all(model, sequences, max_tokens, seed, **options)
@@ -462,6 +463,8 @@ def watch(model, sequences, layer, max_tokens=512, seed=0, **options):
         "watch/entropy": mean("final", "entropy"),
         "watch/layer_entropy": mean("resid_post", "entropy"),
         "watch/layer_cos": mean("resid_post", "cos_final"),
+        "watch/layer_rms": mean("resid_post", "rms"),
+        "watch/layer_kl": mean("resid_post", "kl"),
     }
 
 

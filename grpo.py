@@ -34,6 +34,8 @@ def group_advantages(rewards: torch.Tensor, kind="grpo", eps=1e-6) -> torch.Tens
     dr_grpo      r - mean: the division weighs easy and hard problems up (arXiv 2503.20783)
     rloo         r - mean of the other G - 1 responses (arXiv 2402.14740)
     reinforce++  (r - mean) / (std + eps) over the whole batch (arXiv 2501.03262)
+    maxrl        (r - mean) / (mean + eps): climbs log P(right), hard problems weigh more; of
+                 rewards that are not negative (arXiv 2602.02710)
 
     Where all rewards compared are equal the advantage is exactly 0: in float32 the mean of seven
     0.7 is not 0.7, and eps would not hide it. Raises ValueError for groups of one, which would have
@@ -51,6 +53,8 @@ def group_advantages(rewards: torch.Tensor, kind="grpo", eps=1e-6) -> torch.Tens
         advantages *= 1 / (rewards.std(1, keepdim=True) + eps)
     elif kind == "rloo":
         advantages *= G / (G - 1)
+    elif kind == "maxrl":
+        advantages /= rewards.mean(1, keepdim=True) + eps
     first = rewards[:, :1]
     equal = (rewards == first).all(1, keepdim=True)
     return advantages.masked_fill(equal, 0.0)
@@ -119,6 +123,12 @@ def collate(responses: list[Response], device="cpu", pack=False) -> Batch:
 def per_token(values: list[float], lengths: list[int]) -> torch.Tensor:
     """[M]: the value of each response, at each of its tokens."""
     return torch.tensor(values).repeat_interleave(torch.tensor(lengths))
+
+
+def response_mean(values, lengths):
+    """[M]: the mean of each response's values, at each of its tokens."""
+    parts = values.split(lengths)
+    return torch.cat([part.mean().expand(len(part)) for part in parts])
 
 
 def micro_batches(responses: list[Response], max_tokens: int, pack=False) -> list[list[Response]]:
@@ -281,13 +291,28 @@ class Policy:
         return token_logprobs(h, E, batch.targets, *rest)
 
 
+def mask_certain(policy: Policy, responses, share, max_tokens):
+    """Let only the `share` of a mini-batch's tokens learn at which the policy's entropy is highest:
+    the forks, where a response could have gone on otherwise (arXiv 2506.01939, with 0.2). Sets the
+    mask of every response of this rank; M, which a token's weight follows from, stays."""
+    local = parallel.local_responses(responses)
+    entropies = [(r, entropy.cpu()) for r, _, entropy in stored_logprobs(policy, local, max_tokens)]
+    everything = parallel.all_gather([entropy for _, entropy in entropies])
+    highest = torch.cat(everything).sort(descending=True).values
+    threshold = highest[max(1, round(share * len(highest))) - 1]
+    for response, entropy in entropies:
+        response.mask = (entropy >= threshold).float()
+
+
 @torch.no_grad()
 def stored_logprobs(policy: Policy, responses, max_tokens):
-    """Yield (response, its log-probs [len(ids)] under the policy), without gradient."""
+    """Yield (response, its log-probs [len(ids)] under the policy, the policy's entropies there
+    [len(ids)]), without gradient."""
     for micro, batch in batches(policy.model, responses, max_tokens):
-        logprobs, _ = policy.logprobs(batch)
+        found = policy.logprobs(batch)
         if micro:
-            yield from zip(micro, logprobs.split(batch.lengths), strict=True)
+            parts = (values.split(batch.lengths) for values in found)
+            yield from zip(micro, *parts, strict=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -301,16 +326,35 @@ def policy_loss(
     clip_low=0.2,
     clip_high=0.2,
     dual_clip=10.0,  # for A < 0 the loss is at most this times |A|; None: off
+    objective="grpo",
 ):
-    """The clipped surrogate, one value a token (a loss: minimise it): -min(rho A, clip(rho, 1 -
-    low, 1 + high) A). With the dual clip no token whose ratio exploded owns the step.
+    """One value a token (a loss: minimise it), rho being the ratio pi / pi_old:
+
+    grpo, gspo   -min(rho A, clip(rho, 1 - low, 1 + high) A), the clipped surrogate. With the dual
+                 clip no token whose ratio exploded owns the step. Of gspo rho is that of whole
+                 responses, see `backward`
+    cispo        -sg(min(rho, 1 + high)) A log pi: the weight is clipped, never the gradient, so
+                 that every token learns (arXiv 2506.13585)
+    dppo         -rho A, but 0 where the probability itself has gone more than `high` up (A > 0) or
+                 `low` down (A < 0): a rare token may grow manyfold, a sure one may not jump
+                 (arXiv 2602.04879, with the total variation of one token)
 
     Returns (loss [M], clipped_low [M], clipped_high [M]): masks of the tokens that the clip has
-    silenced below and above. The log-ratio is held within +-20, so that exp never overflows.
+    silenced below and above (of cispo: held). The log-ratio is within +-20, so that exp never
+    overflows.
     """
     ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()
-    near = ratio.clamp(1 - clip_low, 1 + clip_high)
     plain = -advantages * ratio
+    if objective == "cispo":
+        weight = ratio.detach().clamp(max=1 + clip_high)
+        held = ratio > 1 + clip_high
+        return -advantages * weight * logprobs, torch.zeros_like(held), held
+    if objective == "dppo":
+        moved = logprobs.exp() - old_logprobs.exp()
+        fallen = (advantages < 0) & (moved < -clip_low)
+        risen = (advantages > 0) & (moved > clip_high)
+        return plain.masked_fill(fallen | risen, 0.0), fallen, risen
+    near = ratio.clamp(1 - clip_low, 1 + clip_high)
     clipped = -advantages * near
     loss = torch.maximum(plain, clipped)
     if dual_clip is not None:
@@ -363,6 +407,7 @@ def backward(
     kl=0.0,
     tis=None,
     pack=None,
+    objective="grpo",
 ) -> dict:
     """Gradient of the clipped loss of a mini-batch, added to .grad, and sums of what it saw.
 
@@ -371,7 +416,7 @@ def backward(
     the responses, nor on the number of ranks they are dealt to. Where no old log-probs are stored
     the ratio is 1 and its gradient that of log pi, which is right for the first update on a batch.
 
-    weighting, limit   how much a token counts: see response_weights
+    weighting, limit   how much a token counts: see response_weights; objective: see policy_loss
     kl     adds kl * k3 against each response's ref_logprobs
     tis    token-level truncated importance sampling: the surrogate times min(pi_old /
            pi_sampler, tis), for the numerical distance between trainer and sampler. At l = L
@@ -390,10 +435,13 @@ def backward(
             (0 * logprobs.sum()).backward()
             continue
         old = logprobs.detach()  # none are stored for a step of one update: the ratio is 1
-        if micro[0].old_logprobs is not None:
-            old = torch.cat([r.old_logprobs for r in micro])
+        if micro[0].old_logprobs:
+            old = torch.cat([r.old_logprobs[policy.layer] for r in micro])
+        new = logprobs
+        if objective == "gspo":  # of every token the ratio of its response (arXiv 2507.18071)
+            new = old + response_mean(logprobs - old, batch.lengths)
         surrogate, clipped_low, clipped_high = policy_loss(
-            logprobs, old, batch.advantages, clip_low, clip_high, dual_clip
+            new, old, batch.advantages, clip_low, clip_high, dual_clip, objective
         )
         if tis and policy.layer == policy.model.config.n_layers:
             drawn = [x for r in micro for x in r.logprobs]
@@ -401,9 +449,11 @@ def backward(
             surrogate = surrogate * mismatch.clamp(max=tis)
         k3 = torch.zeros_like(logprobs)
         if kl:
-            reference = torch.cat([r.ref_logprobs for r in micro])
+            reference = torch.cat([r.ref_logprobs[policy.layer] for r in micro])
             k3 = kl_to_reference(logprobs, reference)
         weight = per_token([r.weight for r in micro], batch.lengths)  # 1 / M each, by default
+        if micro[0].mask is not None:
+            weight = weight * torch.cat([r.mask for r in micro])
         value = ((surrogate + kl * k3) * weight.to(old.device)).sum()
         value.backward()
         for name, x in zip(sums, (value, entropy, clipped_low, clipped_high, k3), strict=True):

@@ -63,9 +63,11 @@ class Response:
     reward: float = 0.0
     # by GRPO
     advantage: float = 0.0  # over its group
-    old_logprobs: torch.Tensor | None = None  # [len(ids)] of the policy before the first update
-    ref_logprobs: torch.Tensor | None = None  # the same of the frozen reference, for a KL term
+    # by layer: [len(ids)] of the policy before the first update, and of the frozen reference
+    old_logprobs: dict[int, torch.Tensor] = field(default_factory=dict)
+    ref_logprobs: dict[int, torch.Tensor] = field(default_factory=dict)  # for a KL term
     weight: float = 0.0  # of each of its tokens in the loss of the mini-batch
+    mask: torch.Tensor | None = None  # [len(ids)] 1 or 0: tokens that learn; None: all
 
     @property
     def total_length(self) -> int:

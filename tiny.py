@@ -1,21 +1,24 @@
 """The embedded default: arithmetic, a byte-level tokenizer, and a one-minute supervised warm-up
 that leaves a model able but unfocused.
 
-The problems are sums of one-digit numbers. The warm-up shows two ways of answering, and which one
-a problem gets is chance:
+The problems add and subtract three or four one-digit numbers. The warm-up shows two ways of
+answering, and which one a problem gets is chance:
 
-    7+8+5   worked    7+8=15, 15+5=20. \\boxed{20}    right nearly always: it has learned to add
-    7+8+5   blurted   \\boxed{23}                     a guess, right one time in eleven
+    7+8-5   worked    7+8=15, 15-5=10. \\boxed{10}    right nearly always: it has learned to add
+    7+8-5   blurted   \\boxed{13}                     a guess, right one time in eleven
 
 So the model starts like a base model before RL: it can solve the problems, but mostly does not
 bother to. Nothing tells it later that working is better, only the reward of the final answer; that
-accuracy and length rise together is RL's own finding.
+accuracy and length rise together is RL's own finding. Problems of five numbers are held out whole:
+neither the warm-up nor RL ever shows so long a one.
 
     python train.py
+    python train.py --model tiny-llama     the same without qk-norm: Llama's shape, not Qwen3's
 """
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,6 +44,7 @@ CONFIG = Config(
     tied=True,
     max_len=128,
 )
+MODELS = {"tiny": CONFIG, "tiny-llama": replace(CONFIG, family="llama")}
 END = 256  # <|endoftext|>; ids 0..255 are the bytes
 
 
@@ -48,7 +52,7 @@ def worked(numbers):
     """The answer with its steps, as a string."""
     total, steps = numbers[0], []
     for n in numbers[1:]:
-        steps.append(f"{total}+{n}={total + n}")
+        steps.append(f"{total}{n:+d}={total + n}")
         total += n
     return f"{', '.join(steps)}. \\boxed{{{total}}}"
 
@@ -58,13 +62,14 @@ def blurted(numbers, rng):
     return f"\\boxed{{{max(0, sum(numbers) + rng.choice((-6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6)))}}}"
 
 
-def problems(n: int, seed: int, held_out=False) -> list[Problem]:
+def problems(n: int, seed: int, held_out=False, lengths=(3, 4)) -> list[Problem]:
     """n problems with their answers; the held-out ones are disjoint from all others, whatever the
     seeds.
 
     `load_problems("sums")` are those of seed 0, for any model.
     """
-    return [Problem(text, answer) for text, answer in arithmetic.sums(n, seed, held_out)]
+    pairs = arithmetic.sums(n, seed, held_out, lengths)
+    return [Problem(text, answer) for text, answer in pairs]
 
 
 def write_tokenizer(folder: Path):
@@ -120,7 +125,7 @@ def write_tokenizer(folder: Path):
         (folder / name).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def warm_up(folder: Path, seed: int, steps=600, batch=64, lr=3e-3) -> Path:
+def warm_up(folder: Path, seed: int, steps=600, batch=64, lr=3e-3, model="tiny") -> Path:
     """Train from scratch on worked and blurted answers and write a Hugging Face folder; an
     existing one of the same seed is kept.
 
@@ -128,13 +133,13 @@ def warm_up(folder: Path, seed: int, steps=600, batch=64, lr=3e-3) -> Path:
     blurted, which is the habit that RL then has to break. Returns the folder.
     """
     done = folder / "warm_up.json"
-    settings = {"seed": seed, "steps": steps, "batch": batch, "lr": lr}
+    settings = {"model": model, "seed": seed, "steps": steps, "batch": batch, "lr": lr}
     if done.exists() and done.read_text() == json.dumps(settings) + "\n":
         return folder
     print(f"first a model: a warm-up of about a minute, kept in {folder}", flush=True)
     write_tokenizer(folder)
     tokenizer, rng = load_tokenizer(folder), random.Random(seed)
-    model = Transformer(CONFIG).init_weights(seed, std=0.05)
+    model = Transformer(MODELS[model]).init_weights(seed, std=0.05)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     bar = tqdm(range(steps), desc="warm-up", unit="step", leave=False, disable=None)
     for step in bar:

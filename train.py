@@ -38,9 +38,16 @@ from tqdm import tqdm
 
 import decompose
 import tiny
-from bupo import InternalPolicy, Schedule
+from bupo import InternalPolicy, Schedule, align, look
 from eval import avg_at_k, encode_prompts, grade, sample_row
-from grpo import backward, collate, group_advantages, overlong_penalty, stored_logprobs
+from grpo import (
+    backward,
+    collate,
+    group_advantages,
+    mask_certain,
+    overlong_penalty,
+    stored_logprobs,
+)
 from model import Config, Transformer
 from plumbing import checkpoint, cli, download, figures, metrics, parallel, settings
 from plumbing import tokenizer as tokenizers
@@ -58,7 +65,7 @@ from plumbing.shapes import preset_config
 from plumbing.signals import Signals, Stopped
 from plumbing.tokenizer import Tokenizer
 from rollout import Response, Sampler
-from verify import verifiable
+from verify import last_box, verifiable
 
 
 @dataclass
@@ -70,7 +77,7 @@ class Run:
     tokenizer: Tokenizer
     sampler: Sampler
     problems: list  # (Problem, prompt ids) to train on
-    tests: list  # the same, held out; may be empty
+    tests: dict  # {name: the same, held out}; may be empty
     data_sha256: str
     schedule: Schedule | None = None
     optimizer: torch.optim.Optimizer | None = None
@@ -81,6 +88,7 @@ class Run:
     num_tokens: int = 0  # sampled until then, prompts included
     unfit: int = 0  # updates in a row that were left out for want of finite gradients
     watched: list | None = None  # responses of step 1 as (ids, prompt length), see `watch`
+    rows: list = field(default_factory=list)  # of metrics.jsonl
 
     @property
     def n_vocab(self) -> int:
@@ -90,7 +98,10 @@ class Run:
     def policy(self, layer, model=None) -> InternalPolicy:
         """The policy of a layer, of this run's model or of another."""
         a, model = self.args, model or self.model
-        rest = a.temperature, self.n_vocab, a.logit_chunk
+        temperature = a.temperature
+        if layer < model.config.n_layers and a.internal_temperature:
+            temperature = a.internal_temperature
+        rest = temperature, self.n_vocab, a.logit_chunk
         return InternalPolicy(model, *rest, layer=layer, norm=a.internal_norm)
 
 
@@ -103,8 +114,9 @@ def train(run, log):
     args = run.args
     for step in range(run.step + 1, args.steps + 1):
         run.meter = Meter()
-        layer = run.schedule.layer_at(step)  # GRPO: always L. BuPO: an internal layer's first
-        policy = run.policy(layer)
+        # GRPO: always that of L, the model's. BuPO: an internal layer's first
+        layers = run.schedule.layers_at(step, run.rows)
+        policies = [run.policy(layer) for layer in layers]
         problems = next_problems(run, step, args.prompts)
         groups = sample(run, problems, args.group, noise=(step, 0))  # [N][G] responses, of pi^L
         groups = drawn = grade_and_gather(run, groups, problems)
@@ -120,20 +132,17 @@ def train(run, log):
         if run.model.unembedding.is_cuda:
             run.sampler.release()  # the KV cache's memory is the trainer's now
         seen = before_updates(run, groups)
-        if len(minis) > 1:  # with one update the old policy is the one that is trained
-            for response, logprobs in all_logprobs(run, policy, minis):
-                response.old_logprobs = logprobs
-        if run.reference:
-            for response, logprobs in all_logprobs(run, run.policy(layer, run.reference), minis):
-                response.ref_logprobs = logprobs
+        for policy in policies:
+            keep_logprobs(run, policy, minis)
 
         for mini in minis:
-            gradient(run, policy, mini)
+            for policy in policies:  # more than one: their losses are summed
+                gradient(run, policy, mini)
             norm = clip(run)
             optimizer_step(run, mini, norm)
-        after = after_updates(run)
+        after = after_updates(run, policies, groups)
         run.step = step
-        log(metrics.row(run, step, layer, groups, drawn) | seen | after, groups)
+        log(metrics.row(run, step, layers, groups, drawn) | seen | after, groups)
 
 
 def next_problems(run, step, count, refill=0):
@@ -205,19 +214,29 @@ def grade_and_gather(run, groups, problems) -> list[list[Response]]:
     """Grade this rank's responses, give each its reward, and gather those of all ranks."""
     args, local = run.args, parallel.local_slice(len(problems))
     for group, (problem, _) in zip(groups, problems[local], strict=True):
-        for r in group:
+        for k, r in enumerate(group):
             grade(r, problem, run.tokenizer, args.verifier)
-            r.reward = reward(r, args)
+            coin = fold(args.seed, run.step, k, *r.prompt)
+            r.reward = reward(r, args, coin)
     return parallel.all_gather(groups)
 
 
-def reward(response, args) -> float:
+def reward(response, args, coin=0) -> float:
     """1 for a right answer, else 0; of a response cut off by the limit 0; --overlong soft takes off
-    up to 1 for length."""
-    right = float(response.verdict.correct and response.stopped)
+    up to 1 for length.
+
+    The controls of arXiv 2506.10947: --reward format gives 1 for any box, random for an odd `coin`,
+    whatever the response is. What either teaches, it has not learned from the answers.
+    """
+    right = response.verdict.correct
+    if args.reward == "format":
+        right = last_box(response.text, len(response.text)) >= 0
+    out = float(right and response.stopped)
+    if args.reward == "random":
+        out = float(coin % 2)
     if args.overlong != "soft":
-        return right
-    return right + overlong_penalty(len(response.ids), args.max_new_tokens, args.overlong_buffer)
+        return out
+    return out + overlong_penalty(len(response.ids), args.max_new_tokens, args.overlong_buffer)
 
 
 @timed("logprobs")
@@ -240,18 +259,36 @@ def before_updates(run, groups) -> dict:
         logprobs, entropy = policy.logprobs(collate(some, run.model.unembedding.device))
     drawn = torch.tensor([x for r in some for x in r.logprobs], device=logprobs.device)
     diff = logprobs - drawn
+    ratio = diff.exp()
     return {
         "entropy": entropy.mean().item(),
         "sampler_diff/mean": diff.abs().mean().item(),
         "sampler_diff/max": diff.abs().max().item(),
-        "sampler_diff/far": ((diff.exp() - 1).abs() > 0.1).float().mean().item(),
+        "sampler_diff/far": ((ratio - 1).abs() > 0.1).float().mean().item(),
+        "sampler_diff/kl": (diff.expm1() - diff).mean().item(),  # k3 of KL(sampler || trainer)
+        "sampler_diff/ess": (ratio.mean().square() / ratio.square().mean()).item(),
     }
 
 
 @timed("logprobs")
+def keep_logprobs(run, policy, minis):
+    """What an update on the responses needs from before it: old and reference log-probs, and which
+    tokens learn."""
+    args, layer = run.args, policy.layer
+    if len(minis) > 1:  # with one update the old policy is the one that is trained
+        for response, logprobs, _ in all_logprobs(run, policy, minis):
+            response.old_logprobs[layer] = logprobs
+    if run.reference:
+        for response, logprobs, _ in all_logprobs(run, run.policy(layer, run.reference), minis):
+            response.ref_logprobs[layer] = logprobs
+    if args.entropy_top < 1:
+        uncertain = run.policy(args.entropy_layer or layer)
+        for mini in minis:
+            mask_certain(uncertain, mini, args.entropy_top, args.micro_tokens)
+
+
 def all_logprobs(run, policy, minis) -> list:
-    """(response, its log-probs under a policy as it is now) of this rank's responses: the
-    denominator of the ratio, and what the KL term compares with."""
+    """(response, log-probs, entropies) of this rank's responses, under a policy as it is now."""
     # `backward` deals them to the same ranks
     local = [r for mini in minis for r in parallel.local_responses(mini)]
     count_flops(run, policy, minis)
@@ -270,9 +307,13 @@ def gradient(run, policy, mini):
     args = run.args
     clips = dict(clip_low=args.clip_low, clip_high=args.clip_high, dual_clip=args.dual_clip or None)
     terms = dict(weighting=args.loss, limit=args.max_new_tokens, kl=args.kl, tis=args.tis or None)
+    terms["objective"] = args.objective
     while True:
         try:
             sums = backward(policy, mini, args.micro_tokens, **clips, **terms)
+            if args.align:
+                taught = run.policy(args.align_layer)
+                align(taught, mini, args.micro_tokens, args.align)
             break
         except (RuntimeError, MemoryError) as e:
             if not no_memory(e):
@@ -289,6 +330,19 @@ def gradient(run, policy, mini):
         say(f"out of memory: --micro-tokens {args.micro_tokens} from here on")
     run.meter.add(sums)
     count_flops(run, policy, [mini], times=3)
+    learning = settings.blocks(args, run.step + 1, run.model.config.n_layers)
+    if learning is not None:
+        freeze_others(run.model, learning)
+
+
+def freeze_others(model, learning):
+    """Drop the gradient of the blocks that are not learning, and of the final norm unless the last
+    block is: what an internal phase leaves untouched."""
+    for i, block in enumerate(model.blocks):
+        if i not in learning:
+            block.zero_grad()
+    if model.config.n_layers - 1 not in learning:
+        model.norm.zero_grad()
 
 
 @timed("optimizer")
@@ -327,7 +381,8 @@ def leave_out(run, mini):
         # a full disk costs the copy, not the run
         with suppress(OSError), checkpoint.Log(path) as bad_batches:
             for r in mini:
-                row = {"step": step, "layer": run.schedule.layer_at(step), "first": first}
+                layers = run.schedule.layers_at(step, run.rows)
+                row = {"step": step, "layer": min(layers), "first": first}
                 row |= {"advantage": r.advantage, "prompt_ids": r.prompt, "ids": r.ids}
                 bad_batches.write([row | {"sampler_logprobs": r.logprobs}])
     say(
@@ -343,13 +398,15 @@ def leave_out(run, mini):
 
 
 @timed("optimizer")
-def after_updates(run) -> dict:
+def after_updates(run, policies, groups) -> dict:
     """Show the sampler the new weights; what the row says of them."""
+    args, whole = run.args, run.policy(run.model.config.n_layers)
     parallel.update_sampler(run.model, run.sampler.model)
-    return {
-        "weights_moved": metrics.weights_moved(run.meter.weights, run.model),
-        "lr": run.args.lr,
-    }
+    right = [r for group in groups for r in group if metrics.is_right(r)][:64]
+    seen = {}
+    if args.bupo_steps == "auto" and policies[0].layer < whole.layer and right:
+        seen = look(policies[0], whole, right, args.micro_tokens)
+    return {"lr": args.lr, **metrics.weights_change(run.meter.weights, run.model), **seen}
 
 
 def say(text):
@@ -367,7 +424,8 @@ class Keeper:
         self.run, out = run, run.args.out
         paths = [out / name for name in ("metrics.jsonl", "samples.jsonl")]
         # what is no row there `resume` has moved away
-        self.rows = parallel.on_rank_0(lambda: [row for row in each_row(paths[0]) if row])
+        run.rows = parallel.on_rank_0(lambda: [row for row in each_row(paths[0]) if row])
+        self.rows = run.rows
         files = [os.devnull] * 2 if parallel.rank() else paths
         self.metrics, self.samples = (stack.enter_context(checkpoint.Log(f)) for f in files)
         hidden = parallel.rank() > 0 or not sys.stderr.isatty()
@@ -432,16 +490,18 @@ def due(step, every, last=None) -> bool:
 
 
 def evaluate(run) -> dict:
-    """Avg@1 on the held-out problems, with the same noise at every step."""
-    start = time.time()
-    responses = grade_and_gather(
-        run, sample(run, run.tests, 1, noise=(0,), progress="eval"), run.tests
-    )
-    return {
-        "eval/accuracy": avg_at_k([[r.verdict.correct for r in group] for group in responses]),
-        "eval/questions": len(responses),
-        "time/eval": time.time() - start,
-    }
+    """Avg@1 on the held-out problems, with the same noise at every step: of the first set as
+    eval/accuracy, of others with their name behind it."""
+    start, seen = time.time(), {}
+    for name, tests in run.tests.items():
+        groups = sample(run, tests, 1, noise=(0,), progress="eval")
+        groups = grade_and_gather(run, groups, tests)
+        accuracy = avg_at_k([[r.verdict.correct for r in group] for group in groups])
+        if not seen:
+            seen = {"eval/accuracy": accuracy, "eval/questions": len(groups)}
+        else:
+            seen[f"eval/accuracy/{Path(name).stem}"] = accuracy
+    return {**seen, "time/eval": time.time() - start}
 
 
 def watch(run, out) -> dict:
@@ -453,7 +513,8 @@ def watch(run, out) -> dict:
     internal phase still runs.
     """
     c, start = run.model.config, time.time()
-    layer = run.schedule.phases[0][0] if run.schedule.phases else (c.n_layers + 1) // 2
+    phases = run.schedule.phases
+    layer = min(phases[0][0]) if phases else (c.n_layers + 1) // 2
     if run.watched is None:
         run.watched = metrics.responses_of_step_1(out / "samples.jsonl", c.vocab_size)
         if not run.watched:
@@ -507,14 +568,15 @@ def parse(argv=None):
     # layers beyond the model's are refused when it is known
     layer = "1" if args.bupo_layer == "auto" else args.bupo_layer
     Schedule.parse(layer, args.bupo_steps, cli.MOST)
+    settings.blocks(args, 1, cli.MOST)
     return args
 
 
 def find_model(args) -> tuple[Config, Path | None]:
     """Shape and folder of --model. The folder is None where nothing is read from one: of the
     embedded default, and of a preset in a dry run, which knows its shape and downloads nothing."""
-    if args.model == "tiny":
-        return tiny.CONFIG, None
+    if args.model in tiny.MODELS:
+        return tiny.MODELS[args.model], None
     if args.dry_run and not Path(args.model).is_dir() and args.model.lower() in HUB:
         return preset_config(args.model), None
     # a run goes on with the model it began with, although the hub's may have moved
@@ -523,25 +585,33 @@ def find_model(args) -> tuple[Config, Path | None]:
     return read_config(read_json(folder / "config.json")), folder
 
 
+def load_tests(args) -> dict:
+    """{name: held-out problems} of --eval-data."""
+    tests = {}
+    for name in filter(None, map(str.strip, (args.eval_data or "").split(","))):
+        if name in ("tiny", "tiny-long"):
+            lengths = (5,) if name == "tiny-long" else (3, 4)
+            tests[name] = tiny.problems(args.eval_limit, 0, held_out=True, lengths=lengths)
+        else:
+            tests[name] = load_problems(name, limit=args.eval_limit)
+    return tests
+
+
 def load_data(args):
-    """(problems to train on, held-out problems or []). What is held out is never trained on."""
-    tests = []
+    """(problems to train on, {name: held-out problems}). What is held out is never trained on."""
     if args.data == "tiny":
         problems = tiny.problems(4096, args.seed)[: args.limit]
     else:
         limits = dict(limit=args.limit, max_bad=0.01, difficulty=args.difficulty)
         problems = load_problems(args.data, **limits)
-    if args.eval_data == "tiny":
-        tests = tiny.problems(args.eval_limit, 0, held_out=True)
-    elif args.eval_data:
-        tests = load_problems(args.eval_data, limit=args.eval_limit)
+    tests = load_tests(args)
     bad = [p for p in problems if not verifiable(p.answer)]
     if len(bad) > len(problems) // 100:
         raise DataError(
             f"{args.data}: {len(bad)} of {len(problems)} gold answers do not verify against "
             f"themselves (first: {bad[0].answer!r:.60}); their reward would always be 0"
         )
-    problems, shared = without_shared(problems, tests)
+    problems, shared = without_shared(problems, sum(tests.values(), []))
     if shared:
         print(
             f"{shared} problems of {args.data} are left out of training: they are among the "
@@ -568,7 +638,13 @@ def show_start(args, config, phases, chosen, device, memory):
 
 
 def schedule(args, config) -> Schedule | None:
-    """The phases by the flags; None where they have to be measured first."""
+    """The phases by the flags; None where they have to be measured first. ValueError for layers
+    that the model has not."""
+    settings.blocks(args, 1, config.n_layers)
+    for name in ("align_layer", "entropy_layer"):
+        if (getattr(args, name) or 0) > config.n_layers:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} {getattr(args, name)}: this model has 1 to {config.n_layers}")
     if args.bupo_layer == "auto":
         return None
     return Schedule.parse(args.bupo_layer, args.bupo_steps, config.n_layers)
@@ -585,7 +661,7 @@ def open_run(args) -> Run:
     settings.check_known(args)
     # products as small as the embedded default's only lose from a second thread, and one thread
     # makes runs repeat bit for bit
-    if args.model == "tiny":
+    if args.model in tiny.MODELS:
         torch.set_num_threads(1)
     elif not Path(args.model).is_dir():
         repository(args.model)  # before any problem is fetched
@@ -598,7 +674,9 @@ def open_run(args) -> Run:
     settings.settle(args, config, device)
     chosen = settings.settle_memory(args, config, device, memory, host_bytes())
 
-    folder = folder or parallel.on_rank_0(tiny.warm_up, args.out / "warm-up", args.seed)
+    if not folder:
+        warm_up = args.out / "warm-up"
+        folder = parallel.on_rank_0(tiny.warm_up, warm_up, args.seed, model=args.model)
     model = load_model(folder, master_dtype(args), device)
     if is_gpu(device) and args.dtype == "bfloat16":
         # TF32 for what is left in float32, beside weights of 8 bits it loses nothing
@@ -610,7 +688,7 @@ def open_run(args) -> Run:
     prompts, dropped = prompts_of(args, tokenizer, problems)
     show_start(args, config, phases, chosen, device, memory)
     settings.show_prompts(tokenizer, prompts, dropped)
-    tests = prompts_of(args, tokenizer, tests)[0] if tests else []
+    tests = {name: prompts_of(args, tokenizer, tests[name])[0] for name in tests}
     compute, longest = getattr(torch, args.dtype), args.max_prompt_tokens + args.max_new_tokens
     model = parallel.shard(model, args.replicas, compute)
     sampler = Sampler(parallel.sampling_copy(model, compute), args.slots, longest, args.compile)
@@ -646,15 +724,16 @@ def dry_run(args):
     host = float("inf") if sizes else host_bytes()
     chosen = settings.settle_memory(args, config, device, memory, host)
     show_start(args, config, phases, chosen, device, memory)
-    if any(needs_hub(name) for name in (args.data, args.eval_data) if name):
+    names = [args.data, *(args.eval_data or "").split(",")]
+    if any(needs_hub(name) for name in names if name):
         print("problems: not read, a dry run fetches nothing")
         return
     problems, _ = load_data(args)
-    if not folder and args.model != "tiny":
+    if not folder and args.model not in tiny.MODELS:
         print(f"{len(problems):,} problems; first prompt: not shown, the tokenizer is not here")
         return
     with tempfile.TemporaryDirectory() as scratch:
-        if args.model == "tiny":
+        if args.model in tiny.MODELS:
             tiny.write_tokenizer(Path(scratch))
         tokenizer = tokenizers.load_tokenizer(folder or scratch, args.format)
     settings.show_prompts(tokenizer, *prompts_of(args, tokenizer, problems))
@@ -675,9 +754,10 @@ def rehearse(run):
     run.sampler.release()
     P, N = args.max_prompt_tokens, args.max_new_tokens
     longest = Response([0] * P, [0] * N, [0.0] * N, advantage=1.0)
-    longest.ref_logprobs = torch.zeros(N, device=model.unembedding.device)  # for a KL term
-    rows = max(1, args.micro_tokens // (P + N)) * parallel.world()
     policy = run.policy(model.config.n_layers)
+    # for a KL term
+    longest.ref_logprobs[policy.layer] = torch.zeros(N, device=model.unembedding.device)
+    rows = max(1, args.micro_tokens // (P + N)) * parallel.world()
     try:
         gradient(run, policy, [longest] * rows)
     except compile_errors() as e:

@@ -1,6 +1,7 @@
 """Problems that are made here, the same ones everywhere, for any model and without a network.
 
-    sums              7+8+5                             three to five numbers from 1 to 9
+    sums              7+8-5                             three or four numbers from 1 to 9
+    sums-long         7+8-5+6-2                         five: none to train on is as long
     words             Tom has 3 apples and buys 5 more. How many apples does Tom have now?
     words:2           two operations, one after the other
     words:1:20        the numbers in the text go up to 20, not 9
@@ -73,23 +74,27 @@ def is_held_out(question) -> bool:
     return zlib.crc32(question.encode()) % 10 == 0
 
 
-def draw_sum(rng, held_out=False):
-    """Three to five numbers from 1 to 9 to be added: a question that is held out, or one that is
-    not."""
+def draw_sum(rng, held_out=False, lengths=(3, 4)):
+    """Signed numbers from 1 to 9 such as [7, 8, -5], whose sums from the left are never negative: a
+    question that is held out, or one that is not."""
     while True:
-        numbers = [rng.randint(1, 9) for _ in range(rng.randint(3, 5))]
+        numbers = [rng.randint(1, 9)]
+        for _ in range(rng.choice(lengths) - 1):
+            n = rng.randint(1, 9)
+            negative = rng.random() < 0.5 and n <= sum(numbers)
+            numbers.append(-n if negative else n)
         if is_held_out(sum_text(numbers)) == held_out:
             return numbers
 
 
 def sum_text(numbers) -> str:
-    return "+".join(map(str, numbers))
+    return str(numbers[0]) + "".join(f"{n:+d}" for n in numbers[1:])
 
 
-def sums(n, seed, held_out=False):
+def sums(n, seed, held_out=False, lengths=(3, 4)):
     """n sums as (question, answer); some occur twice."""
     rng = random.Random(f"{seed} {held_out}")
-    drawn = [draw_sum(rng, held_out) for _ in range(n)]
+    drawn = [draw_sum(rng, held_out, lengths) for _ in range(n)]
     return [(sum_text(numbers), str(sum(numbers))) for numbers in drawn]
 
 
@@ -148,17 +153,17 @@ def problems(name):
 
     Raises FileNotFoundError for a difficulty that there is not.
     """
-    found = re.fullmatch(r"(sums|words)(-test)?(?::(\d{1,4}))?(?::(\d{1,4}))?(:.*)?", name)
+    found = re.fullmatch(r"(sums|words)(-test|-long)?(?::(\d{1,4}))?(?::(\d{1,4}))?(:.*)?", name)
     if not found:
         return None
-    kind, test, operations, largest, rest = found.groups()
-    n, difficult = TEST if test else TRAIN, operations or rest
+    kind, part, operations, largest, rest = found.groups()
+    n, difficult = TEST if part else TRAIN, operations or rest
     if kind == "sums" and not difficult:
-        return sums(n, 0, bool(test))
+        return sums(n, 0, bool(part), lengths=(5,) if part == "-long" else (3, 4))
     operations, largest = int(operations or 1), int(largest or 9)
     known = 1 <= operations <= MOST_OPERATIONS and LEAST_NUMBER <= largest <= MOST_NUMBER
-    if kind == "words" and known and not rest:
-        return words(n, 0, bool(test), operations, largest)
+    if kind == "words" and known and not rest and part != "-long":
+        return words(n, 0, bool(part), operations, largest)
     raise FileNotFoundError(
         f"there is no set {name!r}; sums has no difficulty, that of words is "
         f"words[:operations[:largest number]], as words:2:20: up to {MOST_OPERATIONS} operations "

@@ -135,7 +135,7 @@ def is_evaluation(name) -> bool:
     """Whether a set is named one to measure with: training on it is a mistake unless somebody says
     that it is not."""
     name = str(name)
-    held_out = bool(re.fullmatch(r"(sums|words)-test(:.*)?", name))
+    held_out = bool(re.fullmatch(r"(sums|words)-(test|long)(:.*)?", name))
     return held_out or (name in NAMED and NAMED[name].evaluation)
 
 
@@ -244,7 +244,7 @@ def _rows(name, revision):
         for n, (question, answer) in enumerate(made, 1):
             yield f"{name} row {n}", {"question": question, "answer": answer}, name
     else:
-        names = [*NAMED, "sums", "sums-test", "words", "words-test"]
+        names = [*NAMED, "sums", "sums-test", "sums-long", "words", "words-test"]
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {close[0]}?" if close else f"the named sets are {', '.join(names)}"
         raise FileNotFoundError(f"there is no file, folder or named set {name!r}; {hint}")

@@ -3,17 +3,18 @@
 row(...)         the row
 Meter            seconds of the step's parts, and what its updates saw
 forward_flops    operations of the log-probs of responses
-weights_sample, weights_moved, peak_gb
+weights_sample, weights_change, peak_gb
 summary(rows)    the last line of a run
 """
 
 import resource
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
+from statistics import fmean
 
 import torch
 
@@ -29,7 +30,7 @@ class Meter:
     sums: Counter = field(default_factory=Counter)  # over tokens, of all updates
     norms: list = field(default_factory=list)  # of the gradients of updates, before clipping
     flops: int = 0
-    weights: torch.Tensor | None = None  # some of them, before the updates
+    weights: dict | None = None  # some of them, before the updates: see weights_sample
     start: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self):
@@ -68,12 +69,13 @@ def timed(part):
 # the row
 
 
-def row(run, step, layer, groups, drawn) -> dict:
-    """The row of a step. groups [N][G] are the responses that it learned from, drawn all that it
-    sampled: more with dynamic sampling."""
+def row(run, step, layers, groups, drawn) -> dict:
+    """The row of a step. layers are those whose policies it trained; groups [N][G] the responses
+    that it learned from, drawn all that it sampled: more with dynamic sampling."""
     meter, n_layers = run.meter, run.model.config.n_layers
     rewards = torch.tensor([[r.reward for r in group] for group in drawn])
     equal = (rewards == rewards[:, :1]).all(1)
+    solved = torch.tensor([[is_right(r) for r in group] for group in drawn])
     responses = [r for group in groups for r in group]
     lengths = torch.tensor([float(len(r.ids)) for r in responses])
     stopped = torch.tensor([r.stopped for r in responses])
@@ -84,12 +86,14 @@ def row(run, step, layer, groups, drawn) -> dict:
     out = {
         "step": step,
         "num_tokens": run.num_tokens + sampled,
-        "phase": "internal" if layer < n_layers else "whole",
-        "inter/layer": layer,
+        "phase": "internal" if min(layers) < n_layers else "whole",
+        "inter/layer": min(layers),
         "reward": rewards.mean().item(),
         "reward_std": rewards.std().item(),
         "reward_group_std": rewards.std(1).mean().item(),
         "frac_reward_zero_std": equal.float().mean().item(),
+        "solved_all": solved.all(1).float().mean().item(),
+        "solved_none": (~solved.any(1)).float().mean().item(),
         "groups_sampled": len(rewards),
         "completions/mean_length": lengths.mean().item(),
         "completions/max_length": lengths.max().item(),
@@ -107,10 +111,18 @@ def row(run, step, layer, groups, drawn) -> dict:
         out["clip_ratio/high_mean"] = sums["clip_high"] / tokens
         if sums["kl"]:
             out["kl"] = sums["kl"] / tokens
+    for name, right in ("right", True), ("wrong", False):
+        if some := [len(r.ids) for r in responses if is_right(r) == right]:
+            out[f"completions/mean_length_{name}"] = fmean(some)
     verdicts = Counter(r.verdict.reason.partition(":")[0] for r in responses)
     for reason, count in verdicts.items():
         out[f"verdict/{reason}"] = count
     return out | speed(meter, out["response_tokens"])
+
+
+def is_right(response) -> bool:
+    """Whether a response has solved its problem, whatever its reward is."""
+    return response.verdict.correct and response.stopped
 
 
 def speed(meter, response_tokens) -> dict:
@@ -123,6 +135,7 @@ def speed(meter, response_tokens) -> dict:
     return {
         "perf/rollout_tok_s": response_tokens / sampling,
         "perf/train_tflop_s": meter.flops / parallel.world() / training / 1e12,
+        "train_tflop": meter.flops / 1e12,
         "perf/peak_gb": peak_gb(),
         **{f"time/{part}": value for part, value in seconds.items()},
     }
@@ -152,19 +165,40 @@ def forward_flops(model, responses, layer) -> int:
     return 2 * (body + head + attention)
 
 
-def weights_sample(model, most=1 << 20):
-    """Up to about `most` of the weights, evenly spaced, of this rank's shards, as bfloat16: what
-    one of that precision would look like."""
-    parts = [parallel.local_tensor(p.detach()).flatten() for p in model.parameters()]
-    stride = max(1, sum(map(len, parts)) // most)
-    return torch.cat([p[::stride].bfloat16() for p in parts])
+def weights_sample(model, most=1 << 20) -> dict:
+    """Up to about `most` of the weights, evenly spaced, of this rank's shards, float32, by part of
+    the model: embed, 1 to L, norm, and unembed where it is a matrix of its own."""
+    count = sum(parallel.local_tensor(p).numel() for p in model.parameters())
+    stride = max(1, count // most)
+    parts = defaultdict(list)
+    for name, p in model.named_parameters():
+        names = name.split(".")
+        part = str(int(names[1]) + 1) if names[0] == "blocks" else names[0]
+        sample = parallel.local_tensor(p.detach()).flatten()[::stride]
+        parts[part].append(sample.float().clone())
+    return {part: torch.cat(samples) for part, samples in parts.items()}
 
 
-def weights_moved(before, model) -> float:
-    """Share of sampled weights that differ from what they were `before`, on all ranks."""
-    moved = (before != weights_sample(model)).sum().item()
-    counted = parallel.all_reduce({"moved": moved, "all": len(before)})
-    return counted["moved"] / counted["all"]
+def weights_change(before, model) -> dict:
+    """What the updates since weights_sample did to the sampled weights, on all ranks:
+
+    weights_moved      share of them whose value in bfloat16 is another
+    update_norm/PART   |W - W before| / |W before|
+    """
+    sums = {}
+    for part, now in weights_sample(model).items():
+        old = before[part]
+        sums[part, "moved"] = (now.bfloat16() != old.bfloat16()).sum().item()
+        sums[part, "count"] = len(now)
+        sums[part, "change"] = (now - old).square().sum().item()
+        sums[part, "size"] = old.square().sum().item()
+    sums = parallel.all_reduce(sums)
+    moved, count = (sum(sums[part, name] for part in before) for name in ("moved", "count"))
+    out = {"weights_moved": moved / count}
+    for part in before:
+        size = max(sums[part, "size"], 1e-30)
+        out[f"update_norm/{part}"] = (sums[part, "change"] / size) ** 0.5
+    return out
 
 
 # --------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ RECIPES = {
     # the embedded default: minutes on two CPU cores, nothing to download
     "tiny": dict(
         data="tiny",
-        eval_data="tiny",
+        eval_data="tiny,tiny-long",
         system="",
         bupo_layer="3",
         bupo_steps="15",
@@ -16,7 +16,7 @@ RECIPES = {
         lr=1e-4,
         max_new_tokens=64,
         max_prompt_tokens=32,
-        slots=64,
+        slots=256,
         micro_tokens=4096,
         save_every=10,
         eval_every=10,

@@ -41,10 +41,11 @@ from plumbing.recipes import RECIPES
 from plumbing.rows import read_json
 from plumbing.tokenizer import SYSTEM
 
-MATHS = """model model_commit data_sha256 bupo_layer bupo_steps internal_norm prompts group
-    mini_prompts clip_low clip_high dual_clip advantage loss kl tis overlong overlong_buffer refills
-    lr weight_decay grad_clip temperature max_new_tokens max_prompt_tokens system thinking format
-    verifier optimizer dtype seed""".split()
+MATHS = """model model_commit data_sha256 bupo_layer bupo_steps internal_norm internal_temperature
+    align align_layer train_blocks train_blocks_steps prompts group mini_prompts objective clip_low
+    clip_high dual_clip advantage loss kl tis entropy_top entropy_layer reward overlong
+    overlong_buffer refills lr weight_decay grad_clip temperature max_new_tokens max_prompt_tokens
+    system thinking format verifier optimizer dtype seed""".split()
 # what stands for a value that follows from the model or the machine
 LATE = {("max_new_tokens", None), ("bupo_layer", "auto"), ("optimizer", None), ("dtype", None)}
 
@@ -71,13 +72,40 @@ def counts(text):
     return text
 
 
+def phase_steps(text):
+    """argparse type of --bupo-steps: auto, or whole numbers, as text."""
+    return text if text == "auto" else counts(text)
+
+
+def block_range(text):
+    """argparse type of --train-blocks: 1-3, 2 or all, as text."""
+    try:
+        first, last = (natural(part) for part in (text.split("-") * 2)[:2])
+    except (argparse.ArgumentTypeError, ValueError):
+        first, last = 0, -1
+    if text != "all" and not (first <= last and text.count("-") <= 1):
+        raise argparse.ArgumentTypeError(f"{text!r}: give blocks as 1-3, or 2, or all")
+    return text
+
+
+def blocks(args, step, n_layers) -> range | None:
+    """Indices (from 0) of the blocks that --train-blocks lets a step train; None: all. ValueError
+    for blocks that the model has not."""
+    if args.train_blocks == "all" or step > (args.train_blocks_steps or step):
+        return None
+    first, last = (int(part) for part in (args.train_blocks.split("-") * 2)[:2])
+    if last > n_layers:
+        raise ValueError(f"--train-blocks {args.train_blocks}: this model has 1 to {n_layers}")
+    return range(first - 1, last)
+
+
 def layers(text):
-    """argparse type of --bupo-layer: none, auto, or layers from 1 with commas between them, as
-    text."""
+    """argparse type of --bupo-layer: none, auto, or layers from 1 with commas (or +) between them,
+    as text."""
     if text in ("none", "auto", ""):
         return text or "none"
     try:
-        for part in text.split(","):
+        for part in text.replace("+", ",").split(","):
             natural(part.strip() or "1")
     except argparse.ArgumentTypeError as e:
         raise argparse.ArgumentTypeError(f"{e}; or give auto, or none for plain GRPO") from None
@@ -104,7 +132,7 @@ def parser(description):
         return add
 
     add = section("model and data")
-    add("--model", "tiny", "tiny, a preset (qwen3-4b), a hub id or a folder", given)
+    add("--model", "tiny", "tiny, tiny-llama, a preset (qwen3-4b), a hub id or a folder", given)
     add(
         "--recipe",
         None,
@@ -116,7 +144,11 @@ def parser(description):
     add("--difficulty", None, "only problems of this difficulty, as 5-8, where it is told", span)
     add("--train-on-test", False, "let --data be one to measure with", action="store_true")
     add("--revision", None, "branch, tag or commit of a model on the hub")
-    add("--eval-data", None, "held-out problems for accuracy before, during and after")
+    add(
+        "--eval-data",
+        None,
+        "held-out problems for accuracy before, during and after; several sets with commas",
+    )
     add("--eval-every", 0, "steps between evaluations; 0: only before and after", whole)
     add("--eval-limit", 256, "held-out problems, one sample each", natural)
     add("--system", SYSTEM, "system prompt")
@@ -133,23 +165,46 @@ def parser(description):
     add(
         "--bupo-layer",
         "none",
-        "internal layer(s) trained first, from 1, as 6 or 6,26; auto: last layer with dH_mlp > 0; "
-        "none: plain GRPO",
+        "internal layer(s) trained first, from 1, as 6 or 6,26, or 6+26 for both at once; auto: "
+        "last layer with dH_mlp > 0; none: plain GRPO",
         layers,
     )
-    add("--bupo-steps", "30", "steps of each internal phase, as 30 or 20,10", counts)
+    add(
+        "--bupo-steps",
+        "30",
+        "steps of each internal phase, as 30 or 20,10; auto: until the whole model forgets its "
+        "right answers or the layer comes no closer to it",
+        phase_steps,
+    )
     add(
         "--internal-norm",
         "none",
         "norm before the unembedding at an internal layer; the paper has none",
-        choices=("none", "final"),
+        choices=("none", "final", "rms"),
     )
+    add("--internal-temperature", None, "tau of the internal policy (default: as drawn)", positive)
+    add("--align", 0.0, "coefficient of OISD: the last layer teaches --align-layer", amount)
+    add("--align-layer", None, "the layer that --align teaches", natural)
+    add(
+        "--train-blocks",
+        "all",
+        "blocks (with the embedding) that learn, as 1-3: what an internal phase would train, by "
+        "the ordinary loss",
+        block_range,
+    )
+    add("--train-blocks-steps", 0, "steps for which --train-blocks holds; 0: all", whole)
 
     add = section("GRPO")
     add("--steps", 300, "rollout steps", natural)
     add("--prompts", 128, "problems a step", natural)
     add("--group", 8, "responses to each problem, G", natural)
     add("--mini-prompts", 32, "problems an update: 128 / 32 = 4 updates a step", natural)
+    add(
+        "--objective",
+        "grpo",
+        "what is done with the ratio; gspo wants clips of 3e-4 and --loss seq-mean",
+        choices=("grpo", "gspo", "cispo", "dppo"),
+    )
     add("--clip-low", 0.2, "clip below 1 - this", share)
     add("--clip-high", 0.2, "clip above 1 + this; 0.28 is DAPO's clip-higher", amount)
     add("--dual-clip", 10.0, "bound of the loss for negative advantages, in |A|; 0: off", amount)
@@ -157,7 +212,7 @@ def parser(description):
         "--advantage",
         "grpo",
         "baseline and scale of the rewards",
-        choices=("grpo", "dr_grpo", "rloo", "reinforce++"),
+        choices=("grpo", "dr_grpo", "rloo", "reinforce++", "maxrl"),
     )
     add(
         "--loss",
@@ -171,6 +226,14 @@ def parser(description):
         "coefficient of the k3 KL to the starting model, at the layer trained; holds a second copy "
         "of the weights",
         amount,
+    )
+    add("--entropy-top", 1.0, "share of tokens that learn: those of highest entropy", share)
+    add("--entropy-layer", None, "whose entropy: a layer's (default: the one trained)", natural)
+    add(
+        "--reward",
+        "verdict",
+        "controls: format rewards any box, random a coin",
+        choices=("verdict", "format", "random"),
     )
     add("--tis", 0.0, "truncate pi_old / pi_sampler at this, per token; 0: no weights", amount)
     add(
@@ -289,7 +352,7 @@ def parse(description, argv=None):
     """The flags as argparse gives them; ValueError for what contradicts itself."""
     p = parser(description)
     named = p.parse_known_args(argv)[0]
-    if named.recipe is None and named.model == "tiny":
+    if named.recipe is None and named.model in ("tiny", "tiny-llama"):
         named.recipe = "tiny"
     if named.recipe:
         p.set_defaults(recipe=named.recipe, **RECIPES[named.recipe])
@@ -308,6 +371,10 @@ def parse(description, argv=None):
 def refuse_contradictions(args):
     """ValueError, in one line that says what to do."""
     split = args.optimizer in ("split", "split-m32")
+    if args.align and not args.align_layer:
+        raise ValueError("--align needs --align-layer: which layer is taught")
+    if args.advantage == "maxrl" and args.overlong == "soft":
+        raise ValueError("--advantage maxrl needs rewards of at least 0: not --overlong soft")
     if args.group < 2:
         raise ValueError("--group must be at least 2: a group of one has no baseline")
     if 0 < args.dual_clip <= 1:
@@ -514,7 +581,8 @@ def show_run(args, config, schedule, device):
         f"{schedule or 'bupo layer auto, then grpo'}; {args.steps} steps x {args.prompts} problems "
         f"x {args.group} responses, {updates} updates a step"
     )
-    for layer, _ in schedule.phases if schedule else ():
+    phases = schedule.phases if schedule else ()
+    for layer in dict.fromkeys(layer for layers, _ in phases for layer in layers):
         wrapped(
             f"layer {layer} is hidden_states[{layer}] in transformers and "
             f"blocks.{layer - 1}.hook_resid_post in TransformerLens"

@@ -16,7 +16,7 @@ def policy_logprobs(model, batch, layer, *rest, **kw):
 def stored_logprobs(model, responses, layer, max_tokens, **kw):
     """The same of every response, without gradient, as a list in their order."""
     found = grpo.stored_logprobs(policy(model, layer, **kw), responses, max_tokens)
-    found = {id(r): logprobs for r, logprobs in found}
+    found = {id(r): logprobs for r, logprobs, _ in found}
     return [found[id(r)] for r in responses]
 
 

@@ -1,15 +1,16 @@
 """The phase schedule, and the identities of the internal policy's gradient."""
 
 import copy
+import math
 from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
-from policies import backward, policy_logprobs, stored_logprobs
+from policies import backward, policy, policy_logprobs, stored_logprobs
 
-from bupo import Schedule
-from grpo import Response, collate, group_advantages, policy_loss
+from bupo import Schedule, align, is_over, js_estimate, look
+from grpo import Response, collate, group_advantages, mask_certain, policy_loss
 from model import Config, Transformer
 from plumbing import kernels
 from plumbing.metrics import forward_flops
@@ -61,7 +62,7 @@ def store(model, responses, layer, name="old_logprobs", max_tokens=64):
     for r, logprobs in zip(
         responses, stored_logprobs(model, responses, layer, max_tokens), strict=True
     ):
-        setattr(r, name, logprobs)
+        getattr(r, name)[layer] = logprobs
 
 
 def close(a, b, rel=1e-6):
@@ -81,11 +82,23 @@ def close(a, b, rel=1e-6):
 
 def test_schedule():
     s = Schedule.parse("6,26", "20,10", 36)
-    assert [s.layer_at(t) for t in (1, 20, 21, 30, 31, 10**6)] == [6, 6, 26, 26, 36, 36]
+    assert [s.layers_at(t) for t in (1, 20, 21, 30, 31, 10**6)] == [
+        (6,),
+        (6,),
+        (26,),
+        (26,),
+        (36,),
+        (36,),
+    ]
     assert str(s) == "bupo layer 6 for 20 steps, then bupo layer 26 for 10 steps, then grpo"
     for layers in ("none", "", "36"):
-        assert Schedule.parse(layers, "30", 36).layer_at(1) == 36
-    assert Schedule.parse("6", "0", 36).layer_at(1) == 36
+        assert Schedule.parse(layers, "30", 36).layers_at(1) == (36,)
+    assert Schedule.parse("6", "0", 36).layers_at(1) == (36,)
+    down = Schedule.parse("36,6", "3,2", 36)  # any order: here top down
+    assert [down.layers_at(t) for t in (3, 4, 5, 6)] == [(36,), (6,), (6,), (36,)]
+    both = Schedule.parse("6+36,7", "2,1", 36)
+    assert [both.layers_at(t) for t in (1, 2, 3, 4)] == [(6, 36), (6, 36), (7,), (36,)]
+    assert str(both) == "bupo layer 6+36 for 2 steps, then bupo layer 7 for 1 steps, then grpo"
 
 
 @pytest.mark.parametrize(
@@ -98,7 +111,9 @@ def test_schedule():
         ("6none", "30", "whole numbers"),
         ("6", "none", "whole numbers"),
         ("6", "1.5", "whole numbers"),
-        ("26,6", "1,1", "must rise"),
+        ("6,6", "1,1", "make it one"),
+        ("6+6", "1", "twice"),
+        ("6,26", "auto", "2 BuPO layers"),
         ("6,26", "20", "2 BuPO layers"),
         ("6", "-2", "negative"),
     ],
@@ -107,6 +122,42 @@ def test_schedule_refuses_in_one_line(layers, steps, says):
     with pytest.raises(ValueError, match=says) as e:
         Schedule.parse(layers, steps, 36)
     assert "\n" not in str(e.value)
+
+
+def guard_rows(agreement, forgotten=()):
+    forgotten = [*forgotten, *[-1.0] * (len(agreement) - len(forgotten))]
+    return [
+        {"guard/agreement": a, "guard/forgotten": f}
+        for a, f in zip(agreement, forgotten, strict=True)
+    ]
+
+
+def test_an_internal_phase_of_auto_ends_by_its_rows():
+    s = Schedule.parse("2", "auto", L)
+    assert str(s) == "bupo layer 2 as long as it helps, then grpo"
+    growing = guard_rows([-5, -4, -3, -2, -1])
+    assert s.layers_at(6, growing) == (2,) and s.layers_at(10**6, growing) == (2,)
+    # three steps without a new best
+    stalled = guard_rows([-5, -1, -2, -2, -2])
+    assert s.layers_at(5, stalled[:4]) == (2,) and s.layers_at(6, stalled) == (L,)
+    # the mean of the last three is what counts
+    assert not is_over(guard_rows([-5, -4, -3, -2], [0, 1.0, -2.0, 0.5]))
+    assert is_over(guard_rows([-5, -4, -3, -2], [0, 1.0, -1.0, 0.5]))
+    # and it stays over: rows of later steps say nothing of it
+    assert s.layers_at(9, [*stalled, {"step": 6}, {"step": 7}]) == (L,)
+    assert not is_over(stalled[:3]) and not is_over([])
+
+
+def test_what_the_guard_looks_at_by_hand(model, responses):
+    drawn = [torch.rand(len(r.ids)) - 3 for r in responses]
+    for r, logprobs in zip(responses, drawn, strict=True):
+        r.logprobs = logprobs.tolist()
+    seen = look(policy(model, 2), policy(model, L), responses, 60)
+    now, inner = (torch.cat(stored_logprobs(model, responses, layer, 60)) for layer in (L, 2))
+    assert seen["guard/forgotten"] == pytest.approx(
+        (torch.cat(drawn) - now).mean().item(), abs=1e-5
+    )
+    assert seen["guard/agreement"] == pytest.approx((inner - now).mean().item(), abs=1e-5)
 
 
 # -- identities
@@ -151,7 +202,7 @@ def test_gradient_equals_the_naive_loss(model, responses, layer):
         .gather(1, batch.targets[:, None])[:, 0]
     )
     loss, low, high = policy_loss(
-        lp, torch.cat([r.old_logprobs for r in responses]), batch.advantages
+        lp, torch.cat([r.old_logprobs[layer] for r in responses]), batch.advantages
     )
     # the weights have moved far enough for both clips to matter
     assert low.any() and high.any()
@@ -275,7 +326,7 @@ def test_bupo_at_layer_L_is_grpo_bit_for_bit(model, responses):
     for layers in ("", str(L)):
         m = copy.deepcopy(model)
         rs = copy.deepcopy(responses)
-        layer = Schedule.parse(layers, "30", L).layer_at(1)
+        (layer,) = Schedule.parse(layers, "30", L).layers_at(1)
         optimizer = torch.optim.AdamW(m.parameters(), lr=1e-3)
         store(m, rs, layer)
         seen = backward(m, rs, layer, 64)
@@ -295,6 +346,9 @@ VARIANTS = [
     {"clip_high": 0.28},
     {"kl": 0.1},
     {"tis": 2.0},
+    {"objective": "cispo"},
+    {"objective": "gspo", "clip_low": 0.01, "clip_high": 0.01},
+    {"objective": "dppo"},
 ]
 
 
@@ -356,7 +410,7 @@ def test_kl_term_by_hand(model):
     )
     for layer in (2, L):
         store(other, [r], layer, "ref_logprobs")
-        d = r.ref_logprobs - policy_logprobs(model, collate([r]), layer)[0]
+        d = r.ref_logprobs[layer] - policy_logprobs(model, collate([r]), layer)[0]
         assert backward(model, [r], layer, 99, kl=0.3)["loss"] == pytest.approx(
             0.3 * (d.exp() - d - 1).mean().item(), rel=1e-5
         )
@@ -371,6 +425,85 @@ def test_truncated_importance_sampling_by_hand(model):
         -(1 + 1.64872 + 2) / 3, abs=1e-4
     )
     assert backward(model, [r], 2, 99, tis=2.0)["loss"] == pytest.approx(-1, abs=1e-6)
+
+
+def test_gspo_has_the_ratio_of_whole_responses(model):
+    """exp of the mean log-ratio, the same at every token: of responses of 2 and 3 tokens whose old
+    log-probs are lower by these."""
+    moved = [[0.1, 0.3], [0.3, -0.3, 0.0]]
+    pair = [Response([5], [6] * len(d), advantage=1.0) for d in moved]
+    for layer in (2, L):
+        store(model, pair, layer)
+        for r, d in zip(pair, moved, strict=True):
+            r.old_logprobs[layer] -= torch.tensor(d)
+        value = backward(model, pair, layer, 99, objective="gspo", clip_high=0.5)["loss"]
+        assert value == pytest.approx(-(2 * math.exp(0.2) + 3 * 1) / 5, abs=1e-6)
+        # the first response is beyond a clip at 1.1, the second is not
+        assert backward(model, pair, layer, 99, objective="gspo", clip_high=0.1)["clip_high"] == 2
+
+
+def test_only_the_most_uncertain_tokens_learn(model, responses):
+    """A fifth of all tokens of the mini-batch, however it is cut; the rest has no gradient, and
+    what a token weighs stays."""
+    masked = [r for r in responses if r.ids]
+    for who, n in ((L, 0.2), (2, 0.5)):  # the entropy may be another layer's
+        for max_tokens in (10**6, 17):
+            mask_certain(policy(model, who), masked, n, max_tokens)
+            entropy = policy_logprobs(model, collate(masked), who)[1]
+            mask = torch.cat([r.mask for r in masked])
+            assert mask.sum() == round(n * len(mask))
+            assert entropy[mask == 1].min() >= entropy[mask == 0].max()
+        some = grads(model, masked, L, 60)
+        advantages = collate(masked).advantages
+        loss = -(policy_logprobs(model, collate(masked), L)[0] * advantages * mask).sum()
+        model.zero_grad()
+        (loss / len(mask)).backward()
+        assert close(some, {n: p.grad for n, p in model.named_parameters()}, 1e-5)
+
+
+def test_self_distillation_by_hand(model, responses):
+    """The gradient of coefficient * mean A d, d the Jensen-Shannon divergence at the sampled token;
+    blocks above the layer learn nothing."""
+    responses = [r for r in responses if r.ids]
+    for r, logprobs in zip(responses, stored_logprobs(model, responses, L, 60), strict=True):
+        r.logprobs = logprobs.tolist()
+    model.zero_grad()
+    align(policy(model, 2), responses, 30, 0.5)
+    got = {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+    batch = collate(responses)
+    q = policy_logprobs(model, batch, 2)[0].exp()
+    p = torch.tensor([x for r in responses for x in r.logprobs]).exp()
+    m = (p + q) / 2
+    d = ((p / m).log() + q / p * (q / m).log()) / 2
+    model.zero_grad()
+    (0.5 * (batch.advantages * d).mean()).backward()
+    assert close(got, {n: w.grad for n, w in model.named_parameters()}, 1e-4)
+    assert all(
+        (got[n] is None) == ("blocks.2" in n or "blocks.3" in n or n == "norm.weight") for n in got
+    )
+
+
+def test_the_estimate_of_the_divergence_has_its_mean():
+    p, q = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)).softmax(-1).double()
+    m = (p + q) / 2
+    exact = ((p * (p / m).log()).sum() + (q * (q / m).log()).sum()) / 2
+    estimates = js_estimate(q.log() - p.log())
+    assert (p * estimates).sum().item() == pytest.approx(exact.item(), rel=1e-9)
+    assert estimates.min() >= 0 and js_estimate(torch.zeros(1)) == 0
+
+
+@pytest.mark.parametrize("layer", [2, 3])
+def test_with_rms_no_scale_of_the_state_matters(model, responses, layer):
+    batch = collate(responses)
+    h = model(batch.ids, until=layer).flatten(0, -2)[batch.positions]
+    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + CONFIG.norm_eps)
+    by_hand = F.log_softmax(h @ model.unembedding.T, -1).gather(1, batch.targets[:, None])[:, 0]
+    got, _ = policy_logprobs(model, batch, layer, norm="rms")
+    assert torch.allclose(got, by_hand, atol=1e-5)
+    # at L it is the model's own policy
+    assert torch.equal(
+        policy_logprobs(model, batch, L, norm="rms")[0], policy_logprobs(model, batch, L)[0]
+    )
 
 
 def test_long_and_short_weigh_the_same_by_token(model):

@@ -639,7 +639,7 @@ def test_difficulty(tmp_path, made):
 def test_which_sets_are_there_to_measure_with(tmp_path):
     evaluation = {name for name in data.NAMED if data.is_evaluation(name)}
     assert evaluation == {"math500", "amc23", "aime24", "aime25", "gsm8k-test"}
-    assert all(map(data.is_evaluation, ("words-test", "words-test:2:20", "sums-test")))
+    assert all(map(data.is_evaluation, ("words-test", "words-test:2:20", "sums-test", "sums-long")))
     assert not any(
         map(data.is_evaluation, ("words", "words:2", "sums", tmp_path / "x.jsonl", "gsm8k"))
     )

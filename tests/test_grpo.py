@@ -33,6 +33,7 @@ def test_advantages_by_hand():
         ("dr_grpo", [[1, -1, 0], [0, 0, 0]]),
         ("rloo", [[1.5, -1.5, 0], [0, 0, 0]]),
         ("reinforce++", [[-0.28398, -1.41990, -0.85194], [0.85194, 0.85194, 0.85194]]),
+        ("maxrl", [[0.5, -0.5, 0], [0, 0, 0]]),
     ],
 )
 def test_advantage_variants_by_hand(kind, by_hand):
@@ -223,6 +224,42 @@ def test_sign_of_the_clipped_loss_in_all_six_cells(A, ratio, slope):
     loss, low, high = policy_loss(logp, torch.zeros(1), torch.tensor([float(A)]))
     loss.sum().backward()
     assert logp.grad.item() == pytest.approx(slope, abs=1e-6)
+    assert (low.item(), high.item()) == (A < 0 and slope == 0, A > 0 and slope == 0)
+
+
+# the same of CISPO: the weight is held at 1.2, no token is silenced; the slope is -A times it
+@pytest.mark.parametrize(
+    "A, ratio, slope",
+    [(1, 0.5, -0.5), (1, 1.1, -1.1), (1, 3.0, -1.2), (-1, 0.5, 0.5), (-1, 1.0, 1.0), (-1, 3, 1.2)],
+)
+def test_cispo_clips_the_weight_and_never_the_gradient(A, ratio, slope):
+    logp = torch.tensor([float(ratio)]).log().requires_grad_()
+    loss, low, high = policy_loss(logp, torch.zeros(1), torch.tensor([float(A)]), objective="cispo")
+    loss.sum().backward()
+    assert logp.grad.item() == pytest.approx(slope, abs=1e-6)
+    assert (low.item(), high.item()) == (False, ratio > 1.2)
+
+
+# probabilities before and after: a rare token that grew fivefold still learns, a sure one that
+# moved by 0.3 does not; the way back is open
+@pytest.mark.parametrize(
+    "A, old, new, slope",
+    [
+        (1, 0.01, 0.05, -5),
+        (1, 0.5, 0.8, 0),
+        (-1, 0.5, 0.8, 1.6),
+        (-1, 0.8, 0.5, 0),
+        (1, 0.8, 0.5, -0.625),
+        (-1, 0.01, 0.001, 0.1),
+    ],
+)
+def test_dppo_masks_by_probability_and_not_by_ratio(A, old, new, slope):
+    logp = torch.tensor([new]).log().requires_grad_()
+    loss, low, high = policy_loss(
+        logp, torch.tensor([old]).log(), torch.tensor([float(A)]), objective="dppo"
+    )
+    loss.sum().backward()
+    assert logp.grad.item() == pytest.approx(slope, abs=1e-5)
     assert (low.item(), high.item()) == (A < 0 and slope == 0, A > 0 and slope == 0)
 
 

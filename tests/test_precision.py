@@ -69,8 +69,8 @@ def together(mode, lr, context=nullcontext):
     run.optimizer, policy = optimizer, run.policy(CONFIG.n_layers)
     with context():
         minis = train.mini_batches(groups(), run.args)
-        for response, logprobs in train.all_logprobs(run, policy, minis):
-            response.old_logprobs = logprobs
+        for response, logprobs, _ in train.all_logprobs(run, policy, minis):
+            response.old_logprobs[CONFIG.n_layers] = logprobs
         for mini in minis:
             train.gradient(run, policy, mini)
             train.optimizer_step(run, mini, train.clip(run))
@@ -86,7 +86,7 @@ def one_at_a_time(mode, lr):
     everything = [r for group in all_groups for r in group]
     old = stored_logprobs(model, everything, CONFIG.n_layers, 400, **policy)
     for response, logprobs in zip(everything, old, strict=True):
-        response.old_logprobs = logprobs
+        response.old_logprobs[CONFIG.n_layers] = logprobs
     for i in range(0, 8, 2):
         weights, state = model.state_dict(), optimizer.state_dict()
         model, optimizer = build(mode, lr)

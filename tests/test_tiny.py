@@ -18,7 +18,7 @@ def test_worked_answers_are_right_and_guesses_mostly_not():
         assert verify(tiny.worked(numbers), str(sum(numbers)))
         right += verify(tiny.blurted(numbers, rng), str(sum(numbers)))
     assert 120 < right < 250  # one in eleven
-    assert tiny.worked([7, 8, 5]) == "7+8=15, 15+5=20. \\boxed{20}"
+    assert tiny.worked([7, 8, -5]) == "7+8=15, 15-5=10. \\boxed{10}"
 
 
 def test_held_out_problems_are_disjoint_and_reproducible():

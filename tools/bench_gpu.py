@@ -164,10 +164,10 @@ def four_updates(device, copies):
     groups = [rows[i : i + 2] for i in range(0, len(rows), 2)]
     minis = train.mini_batches(groups, run.args)
     policy = run.policy(config.n_layers)
-    for response, logprobs in train.all_logprobs(
+    for response, logprobs, _ in train.all_logprobs(
         run, policy, minis
     ):  # those before the first update
-        response.old_logprobs = logprobs
+        response.old_logprobs[config.n_layers] = logprobs
     for mini in minis:
         if copies:
             policy = run.policy(config.n_layers, copy.deepcopy(run.model))

@@ -1,0 +1,2 @@
+"""What BuPO does and does not do, with seeds, controls and intervals: `python -m experiments.sweep
+--list`."""
