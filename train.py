@@ -216,27 +216,22 @@ def grade_and_gather(run, groups, problems) -> list[list[Response]]:
     for group, (problem, _) in zip(groups, problems[local], strict=True):
         for k, r in enumerate(group):
             grade(r, problem, run.tokenizer, args.verifier)
-            coin = fold(args.seed, run.step, k, *r.prompt)
-            r.reward = reward(r, args, coin)
+            r.reward = reward(r, args)
+            if args.reward == "random":  # a coin, whatever the response is
+                r.reward = float(fold(args.seed, run.step, k, *r.prompt) % 2)
     return parallel.all_gather(groups)
 
 
-def reward(response, args, coin=0) -> float:
-    """1 for a right answer, else 0; of a response cut off by the limit 0; --overlong soft takes off
-    up to 1 for length.
-
-    The controls of arXiv 2506.10947: --reward format gives 1 for any box, random for an odd `coin`,
-    whatever the response is. What either teaches, it has not learned from the answers.
-    """
+def reward(response, args) -> float:
+    """1 for a right answer (--reward format: for any box, a control of arXiv 2506.10947), else 0;
+    of a response cut off by the limit 0; --overlong soft takes off up to 1 for length."""
     right = response.verdict.correct
     if args.reward == "format":
         right = last_box(response.text, len(response.text)) >= 0
-    out = float(right and response.stopped)
-    if args.reward == "random":
-        out = float(coin % 2)
+    right = float(right and response.stopped)
     if args.overlong != "soft":
-        return out
-    return out + overlong_penalty(len(response.ids), args.max_new_tokens, args.overlong_buffer)
+        return right
+    return right + overlong_penalty(len(response.ids), args.max_new_tokens, args.overlong_buffer)
 
 
 @timed("logprobs")

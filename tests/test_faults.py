@@ -634,7 +634,7 @@ class FullInWarmUp:
     def __call__(self):
         import tiny
 
-        tiny.warm_up.__defaults__ = 1, 4, 3e-3
+        tiny.warm_up.__defaults__ = 1, 4, 3e-3, "tiny"
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 

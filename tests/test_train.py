@@ -1100,7 +1100,7 @@ def test_another_seed_is_refused_before_the_models_folder_is_touched(tmp_path, m
     """The tiny model stands in the run's own folder: a warm-up of another seed would replace the
     one that the run began with."""
 
-    def warm_up(*a):
+    def warm_up(*a, **kw):
         raise AssertionError("a warm-up was begun")
 
     monkeypatch.setattr(train.tiny, "warm_up", warm_up)
