@@ -9,6 +9,7 @@ class Experiment:
     question: str
     arms: dict[str, str]  # name -> flags of train.py; "-m MODULE ..." runs that module in its place
     common: str = ""  # flags of all arms
+    command: str = "train.py"
     seeds: int = 8  # seeds 1 to this
 
 
