@@ -10,6 +10,7 @@ class Experiment:
     arms: dict[str, str]  # name -> flags of train.py; "-m MODULE ..." runs that module in its place
     common: str = ""  # flags of all arms
     command: str = "train.py"
+    at: tuple[int, ...] = (10,)  # steps of the table, beside the last one
     seeds: int = 8  # seeds 1 to this
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import bupo
 import eval as evaluation
 import grpo
 import tiny
@@ -427,12 +428,32 @@ def test_deviations_of_rewards_by_hand():
     meter = metrics.Meter(seconds=Counter(rollout=1.0, backward=1.0))
     model = SimpleNamespace(config=SimpleNamespace(n_layers=3))
     run = SimpleNamespace(meter=meter, model=model, num_tokens=100)
-    row = metrics.row(run, 7, 3, groups, groups)
+    row = metrics.row(run, 7, (3,), groups, groups)
     # five ones of eight
     assert row["reward_std"] == pytest.approx((8 * 0.625 * 0.375 / 7) ** 0.5)
     # one of four: sqrt(4 * 1/4 * 3/4 / 3)
     assert row["reward_group_std"] == pytest.approx((0 + 0.5) / 2)
     assert row["response_tokens"] == 24 and row["num_tokens"] == 100 + 24 + 8
+
+
+def test_what_is_solved_and_lengths_of_right_and_wrong_by_hand():
+    """Right is what the verifier says of a response that stopped, whatever its reward."""
+    groups = [
+        [answered(1, 2), answered(1, 4)],
+        [answered(0, 6), answered(1, 9, stopped=False)],
+        [answered(1, 3), answered(0, 1)],
+        [answered(0, 2), answered(0, 2)],
+    ]
+    for r in groups[1]:
+        r.reward = 1.0
+    meter = metrics.Meter(seconds=Counter(rollout=1.0, backward=1.0))
+    model = SimpleNamespace(config=SimpleNamespace(n_layers=3))
+    run = SimpleNamespace(meter=meter, model=model, num_tokens=0)
+    row = metrics.row(run, 1, (2, 3), groups, groups)
+    assert (row["solved_all"], row["solved_none"]) == (1 / 4, 2 / 4)
+    assert row["completions/mean_length_right"] == 3  # of 2, 4, 3
+    assert row["completions/mean_length_wrong"] == 4  # of 6, 9, 1, 2, 2
+    assert (row["phase"], row["inter/layer"]) == ("internal", 2)
 
 
 # What a flag is set to, where it must arrive and as which argument. Values that no default and no
@@ -460,6 +481,11 @@ ARRIVES = [
     ("loss", "seq-mean", "backward", "weighting"),
     ("kl", 0.05, "backward", "kl"),
     ("tis", 1.7, "backward", "tis"),
+    ("objective", "cispo", "backward", "objective"),
+    ("entropy-top", 0.7, "mask_certain", "share"),
+    ("entropy-layer", 1, "mask_certain", "layer"),
+    ("align", 0.3, "align", "coefficient"),
+    ("align-layer", 1, "align", "layer"),
     ("max-new-tokens", 9, "backward", "limit"),
     ("micro-tokens", 333, "backward", "max_tokens"),
     ("internal-norm", "final", "backward", "norm"),
@@ -511,6 +537,8 @@ def arrived(folder, tmp_path_factory):
             "group_advantages",
             "backward",
             "stored_logprobs",
+            "mask_certain",
+            "align",
             "InternalPolicy",
         ):
             spy(m, train, name)
@@ -580,10 +608,164 @@ def test_every_setting_that_changes_the_numbers_is_in_the_table():
         "data_sha256",
         "bupo_layer",
         "bupo_steps",
+        "internal_temperature",
+        "train_blocks",
+        "train_blocks_steps",
         "mini_prompts",
         "refills",
+        "reward",
         "overlong",
     }
+
+
+def changed(out, first, then):
+    """Parts of the model that differ between two checkpoints of a run: embed, 1 .. L, norm."""
+    a, b = weights(first if first else out), weights(out / f"step_{then:06d}")
+    names = [name.split(".") for name in a if not torch.equal(a[name], b[name])]
+    return {str(int(n[1]) + 1) if n[0] == "blocks" else n[0] for n in names}
+
+
+def test_train_blocks_trains_what_an_internal_phase_would(folder, tmp_path):
+    """--train-blocks 1-1 by the ordinary loss moves what BuPO at layer 1 moves, and no moment of
+    the others; after its steps all learn."""
+    blocks = {"bupo-layer": "none", "train-blocks": "1-1", "train-blocks-steps": 2}
+    train.main(flags(folder, tmp_path / "blocks", **blocks))
+    train.main(flags(folder, tmp_path / "bupo", steps=2))
+    for name in ("blocks", "bupo"):
+        assert changed(tmp_path / name, folder, 2) == {"embed", "1"}
+        kept = load_file(tmp_path / name / "step_000002/resume/optim.safetensors")
+        assert not [n for n in kept if n.startswith(("blocks.1", "blocks.2", "norm"))]
+    assert changed(tmp_path / "blocks", tmp_path / "blocks/step_000002", 3) >= {"1", "2", "3"}
+    # by another loss: the two are not the same run
+    a, b = (weights(tmp_path / name / "step_000002") for name in ("blocks", "bupo"))
+    assert not torch.equal(a["embed.weight"], b["embed.weight"])
+    top = {"bupo-layer": "none", "train-blocks": "2-3", "steps": 1}
+    train.main(flags(folder, tmp_path / "top", **top))
+    assert changed(tmp_path / "top", folder, 1) == {"embed", "2", "3", "norm"}
+
+
+@pytest.mark.parametrize("text", ["0-1", "3-1", "x", "1-2-3", "-1", "", "1-"])
+def test_blocks_that_cannot_be_are_refused(folder, tmp_path, text, capsys):
+    with pytest.raises(SystemExit) as e:
+        guarded(train.main, flags(folder, tmp_path / "r", f"--train-blocks={text}"))
+    assert e.value.code == 2 and "blocks as 1-3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"train-blocks": "1-4"}, "has 1 to 3"),
+        ({"align": 0.1, "align-layer": 4}, "has 1 to 3"),
+        ({"align": 0.1}, "needs --align-layer"),
+        ({"entropy-layer": 9}, "has 1 to 3"),
+        ({"advantage": "maxrl", "overlong": "soft"}, "rewards of at least 0"),
+        ({"bupo-layer": "1,2", "bupo-steps": "auto"}, "2 BuPO layers"),
+    ],
+)
+def test_layers_that_the_model_has_not_are_one_line(folder, tmp_path, change, says, capsys):
+    with pytest.raises(SystemExit) as e:
+        guarded(train.main, flags(folder, tmp_path / "r", **change))
+    error = capsys.readouterr().err
+    assert e.value.code == 2 and says in error and error.count("\n") == 1
+    assert not (tmp_path / "r" / "metrics.jsonl").exists()
+
+
+def test_control_rewards(monkeypatch):
+    """A coin that nothing in the response moves, the same at every resume; a box, right or not."""
+    monkeypatch.setattr(train, "reward", REWARD)
+    monkeypatch.setattr(train, "grade", lambda r, *rest: None)
+    args = SimpleNamespace(reward="random", overlong="zero", seed=1, verifier="")
+
+    def rewards(step, texts, stopped=True):
+        groups = [[answered(False, 1, stopped) for _ in texts] for _ in range(50)]
+        for i, group in enumerate(groups):
+            for r, text in zip(group, texts, strict=True):
+                r.prompt, r.text = [i], text
+        run = SimpleNamespace(args=args, step=step, tokenizer=None, meter=metrics.Meter())
+        problems = [(None, [i]) for i in range(50)]
+        return [[r.reward for r in g] for g in train.grade_and_gather(run, groups, problems)]
+
+    coins = rewards(3, ["a", "b", "a", "a"])
+    assert coins == rewards(3, ["x", "", "\\boxed{1}", "y"]) != rewards(4, ["a", "b", "a", "a"])
+    total = sum(map(sum, coins))
+    assert 80 < total < 120 and {x for row in coins for x in row} == {0.0, 1.0}
+    args.reward = "format"
+    assert rewards(3, ["so 7", "\\boxed{7}"]) == [[0.0, 1.0]] * 50
+    assert rewards(3, ["so 7", "\\boxed{7}"], stopped=False) == [[0.0, 0.0]] * 50
+
+
+def test_an_internal_temperature_is_that_of_internal_layers_alone(folder, tmp_path, monkeypatch):
+    seen, policy = [], train.Run.policy
+
+    def spy(run, layer, model=None):
+        out = policy(run, layer, model)
+        seen.append((layer, out.temperature))
+        return out
+
+    monkeypatch.setattr(train.Run, "policy", spy)
+    tau = {"internal-temperature": 2.5, "temperature": 0.9, "steps": 3}
+    train.main(flags(folder, tmp_path / "r", **tau))
+    assert set(seen) == {(1, 2.5), (3, 0.9)}
+
+
+def test_both_layers_at_once_sum_their_gradients(folder, tmp_path, monkeypatch):
+    """--bupo-layer 1+3: a gradient of each policy against its own old log-probs, one update."""
+    seen, backward = [], train.backward
+
+    def spy(policy, responses, *rest, **kw):
+        seen.append((policy.layer, {layer for r in responses for layer in r.old_logprobs}))
+        return backward(policy, responses, *rest, **kw)
+
+    monkeypatch.setattr(train, "backward", spy)
+    train.main(flags(folder, tmp_path / "r", steps=1, **{"bupo-layer": "1+3"}))
+    (row,) = [r for r in rows(tmp_path / "r") if r["step"] == 1]
+    assert [layer for layer, _ in seen] == [1, 3] * row["updates"] and row["updates"] == 2
+    assert all(old == {1, 3} for _, old in seen)
+    assert (row["phase"], row["inter/layer"]) == ("internal", 1)
+
+
+def test_a_phase_of_auto_length_resumes_where_it_was(folder, tmp_path, monkeypatch):
+    """Whether it is over follows from the rows before: a run that was cut is in the same phase."""
+    monkeypatch.setattr(metrics, "is_right", lambda r: r.verdict.correct)
+    auto = {"bupo-steps": "auto", "lr": 3e-2}  # a rate that makes it forget
+    train.main(flags(folder, tmp_path / "whole", steps=8, **auto))
+    r = rows(tmp_path / "whole")[1:]
+    layers = [row["inter/layer"] for row in r]
+    assert layers == sorted(layers) and layers[0] == 1 and layers[-1] == 3
+    for i, row in enumerate(r):
+        assert row["inter/layer"] == (3 if bupo.is_over(r[:i]) else 1)
+        assert ("guard/agreement" in row) == (row["inter/layer"] == 1)
+    for steps in (2, layers.count(1) + 1, 8):  # cut within the phase and after it
+        train.main(flags(folder, tmp_path / "cut", steps=steps, **auto))
+    cut = rows(tmp_path / "cut")[1:]
+    assert [{**row, "eval/accuracy": 0} | {"eval/questions": 0} for row in cut] == [
+        {**row, "eval/accuracy": 0} | {"eval/questions": 0} for row in r
+    ]
+
+
+def test_several_held_out_sets(folder, tmp_path, capsys):
+    both = f"{folder / 'held_out.jsonl'}, sums-long"
+    train.main(flags(folder, tmp_path / "r", steps=1, **{"eval-data": both}))
+    for row in rows(tmp_path / "r"):
+        assert row["eval/questions"] == 6
+        assert 0 <= row["eval/accuracy"] <= 1 and 0 <= row["eval/accuracy/sums-long"] <= 1
+
+
+def test_how_far_weights_went_by_part(folder):
+    model = load_model(folder)
+    before = metrics.weights_sample(model)
+    assert list(before) == ["embed", "1", "2", "3", "norm"]
+    assert sum(map(len, before.values())) == sum(p.numel() for p in model.parameters())
+    with torch.no_grad():
+        for p in model.blocks[1].parameters():
+            p *= 1.01
+        model.norm.weight[0] = 3.0
+    seen = metrics.weights_change(before, model)
+    size = before["norm"].norm().item()
+    assert seen["update_norm/2"] == pytest.approx(0.01, rel=1e-4)
+    assert seen["update_norm/norm"] == pytest.approx(2 / size) and seen["update_norm/1"] == 0
+    small = metrics.weights_sample(model, most=500)
+    assert sum(map(len, small.values())) < 1000
 
 
 def test_gradients_are_clipped_to_a_joint_norm():
