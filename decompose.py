@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from grpo import token_logprobs
 from model import Transformer, causal, project
-from plumbing import figures
+from plumbing import figures, metrics
 from plumbing.cli import Parser, given, guarded, natural, pick_device, positive, whole
 from plumbing.data import DataError, load_problems
 from plumbing.hub import load_model, resolve
@@ -786,6 +786,25 @@ def report(table, rows, changes):
             )
 
 
+def weight_rows(first, model, about):
+    """How far the weights of a model are from those of the first one measured, part by part:
+    |W - W'| / |W'| of up to a million of them, evenly spaced. [] for another shape of model.
+
+    first: metrics.weights_sample of that model. Prints them in a line.
+    """
+    now = metrics.weights_sample(model)
+    sizes = [{part: len(w) for part, w in weights.items()} for weights in (first, now)]
+    if sizes[0] != sizes[1]:
+        return []
+    rows = []
+    for part, was in first.items():
+        norm = max(was.norm().item(), 1e-30)
+        rows.append({**about, "part": part, "update_norm": (now[part] - was).norm().item() / norm})
+    line = "  ".join(f"{row['part']} {row['update_norm']:.2g}" for row in rows)
+    print(f"weights, |dW| / |W| since the first model: {line}")
+    return rows
+
+
 # ----------------------------------------------------------------------------------------------
 # the command
 
@@ -929,6 +948,7 @@ def main(argv=None):
         model = load_model(folder, dtype, device)
         if not tables:
             sequences, tokenizer = responses(args, model)
+            first_weights = metrics.weights_sample(model)
         tables[name] = table = measure_all(
             model,
             sequences,
@@ -945,6 +965,8 @@ def main(argv=None):
         rows = state_rows(table, about)
         changes = change_rows(table, about)
         report(table, rows, changes)
+        if len(tables) > 1:
+            files["weights.jsonl"] += weight_rows(first_weights, model, about)
         files["entropy.jsonl"] += rows
         files["entropy_change.jsonl"] += changes
         some = sequences[: args.attribute]

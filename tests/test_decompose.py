@@ -681,6 +681,13 @@ def test_the_command_on_stored_responses(tmp_path, capsys):
         and r["dtype"] == "float32"
         for r in rows
     )
+    weights = [json.loads(x) for x in (tmp_path / "out/weights.jsonl").read_text().splitlines()]
+    assert {r["run"] for r in weights} == {"other"}
+    a, b = (load_model(tmp_path / name).blocks[1] for name in ("model", "other"))
+    a, b = (torch.cat([p.detach().flatten() for p in block.parameters()]) for block in (a, b))
+    (second,) = [r["update_norm"] for r in weights if r["part"] == "2"]
+    assert second == pytest.approx(((b - a).norm() / a.norm()).item(), rel=1e-5)
+    assert "weights, |dW| / |W| since the first model: embed" in said
     changes = [
         json.loads(x) for x in (tmp_path / "out/entropy_change.jsonl").read_text().splitlines()
     ]
