@@ -123,7 +123,8 @@ def start(run) -> subprocess.Popen:
 def may_start(run, running) -> bool:
     """Whether no run under way is making the warm-up that this one needs."""
     kept = warm_up_of(run)
-    return not kept or kept.exists() or kept not in map(warm_up_of, running)
+    known = not kept or (kept / "warm_up.json").exists()
+    return known or kept not in map(warm_up_of, running)
 
 
 def why_failed(run, code) -> str:
@@ -138,7 +139,8 @@ def work(waiting, jobs, signals, ended) -> dict:
     """Make every run, `jobs` at a time; returns {run: why} of those that failed.
 
     signals: a list that the number of each signal is appended to. It is passed on to the children
-    as SIGTERM, and nothing more is started. ended(run) is told of each run that is finished.
+    as SIGTERM, and nothing more is started; another one ends them on the spot. ended(run) is told
+    of each run that is finished.
     """
     waiting, running, failed, passed_on = list(waiting), {}, {}, 0
     while running or (waiting and not signals):
@@ -148,10 +150,11 @@ def work(waiting, jobs, signals, ended) -> dict:
             running[ready[0]] = start(ready[0])
             continue
         if len(signals) > passed_on:
-            passed_on += 1
             print("ending: runs under way save, the same command goes on", flush=True)
             for child in running.values():
                 child.terminate()
+            time.sleep(0.5)  # `timeout` sends its signal twice; a second one would end them at once
+            passed_on = len(signals)
         time.sleep(0.1)
         for run in list(running):
             if kept := warm_up_of(run):

@@ -52,15 +52,15 @@ def words_of(experiment, arm) -> tuple[str, ...]:
 
 def command_of(name, experiment, arm, seed) -> str:
     """What a person types to make a run."""
-    out = f"out/{name}/{arm}/seed{seed}"
-    return f"python {shlex.join(words_of(experiment, arm))} --seed {seed} --out {out}"
+    words = shlex.join(words_of(experiment, arm))
+    return f"python {words} --seed {seed} --out out/{name}/{arm}/seed{seed}"
 
 
 def curves_of(metrics) -> dict:
     """{quantity: {step: value}} at the steps of metrics.jsonl's rows that were evaluated."""
     curves = {}
     seconds = tflop = 0.0
-    for row in metrics:
+    for row in filter(None, metrics):
         tflop += row.get("train_tflop", 0.0)
         for key in row:
             if key.startswith("time/") and key not in ASIDE:
@@ -90,19 +90,23 @@ def row_of(folder) -> dict:
         "commit": settings.get("commit"),
         "torch": settings.get("torch"),
     }
-    return out | curves_of(row for row in each_row(folder / "metrics.jsonl") if row)
+    return out | curves_of(each_row(folder / "metrics.jsonl"))
 
 
 def rows_of(name, experiment, folders, old) -> list[dict]:
     """The rows of an experiment, by arm and seed.
 
     folders: {(arm, seed): folder} of runs that are finished
-    old: rows of earlier; those of other runs stay while their command is the experiment's
+    old: rows of earlier, None for a torn one; those of other runs stay while their command is the
+        experiment's
     """
     found = {}
-    for row in old:
-        arm, seed = row.get("arm"), row.get("seed")
-        if arm in experiment.arms and row.get("command") == command_of(name, experiment, arm, seed):
+    for row in filter(None, old):
+        arm = row.get("arm")
+        seed = row.get("seed")
+        if arm not in experiment.arms:
+            continue
+        if row.get("command") == command_of(name, experiment, arm, seed):
             found[arm, seed] = row
     for (arm, seed), folder in folders.items():
         command = command_of(name, experiment, arm, seed)
@@ -139,12 +143,13 @@ def interval(rows, arm, quantity, step, minus=None):
     seeds = sorted(mine.keys() & other.keys())
     if not seeds:
         return None
-    pairs = [mine[seed] for seed in seeds], [other[seed] for seed in seeds]
-    return bootstrap_paired(*pairs, within=within)
+    mine = [mine[seed] for seed in seeds]
+    other = [other[seed] for seed in seeds]
+    return bootstrap_paired(mine, other, within=within)
 
 
 def text_of(triple, quantity, signed=False) -> str:
-    """0.91 [0.89, 0.93]; 0.91 without an interval; "" for None."""
+    """0.91 [0.89, 0.93]; 0.91 without an interval, see `interval`; "" for None."""
     if triple is None:
         return ""
     form = "+" if signed else ""
@@ -170,7 +175,10 @@ def held_out(rows) -> list[str]:
 def cells_of(experiment, rows) -> list[list[str]]:
     """The columns that any run has, each with its heading and a cell an arm."""
     first = next(iter(experiment.arms))
-    lasts = {max(map(int, row["accuracy"])) for row in rows if row.get("accuracy")}
+    lasts = set()
+    for row in rows:
+        if row.get("accuracy"):
+            lasts.add(max(map(int, row["accuracy"])))
     last = f"step {max(lasts)}" if len(lasts) == 1 else "end"
     steps = {f"step {step}": step for step in experiment.at}
     steps[last] = "end"
@@ -223,7 +231,8 @@ def page(name, experiment, rows) -> str:
     lines = [textwrap.fill(experiment.question, 100), ""]
     lines += [table(name, experiment, rows), ""]
     for arm in experiment.arms:
-        lines.append(f"- {arm}: `python {shlex.join(words_of(experiment, arm))}`")
+        words = shlex.join(words_of(experiment, arm))
+        lines.append(f"- {arm}: `python {words}`")
     lines += ["", f"![accuracy over the steps]({name}.png)", ""]
     return "\n".join(lines)
 
@@ -259,7 +268,7 @@ def write(name, experiment, folders, results):
     that are finished and the rows that are there, see `rows_of`. Nothing where there are none."""
     results.mkdir(parents=True, exist_ok=True)
     path = results / f"{name}.jsonl"
-    rows = rows_of(name, experiment, folders, [row for row in each_row(path) if row])
+    rows = rows_of(name, experiment, folders, each_row(path))
     if not rows:
         return
     replace(path, "".join(json.dumps(row) + "\n" for row in rows))

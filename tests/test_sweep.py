@@ -208,7 +208,10 @@ def test_runs_of_a_seed_wait_for_its_warm_up(tmp_path):
     assert [sweep.may_start(run, [a]) for run in (b, c, words)] == [False, True, True]
     assert sweep.warm_up_of(words) is None
     assert sweep.may_start(job("--model tiny-llama", 1), [a])
-    sweep.warm_up_of(a).mkdir(parents=True)
+    kept = sweep.warm_up_of(a)
+    kept.mkdir(parents=True)
+    assert not sweep.may_start(b, [a])  # not whole yet
+    (kept / "warm_up.json").touch()
     assert sweep.may_start(b, [a])
 
 
