@@ -20,6 +20,7 @@ GRPO = "--bupo-layer none"
 TRAP = "-m experiments.traps"
 
 EXPERIMENTS = {
+    "default": Experiment("What does `python train.py` reach?", {"default": ""}, at=(10, 30)),
     "layers": Experiment(
         "Does training an internal layer first help, and is it the internal objective or only that "
         "fewer blocks learn?",
