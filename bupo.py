@@ -12,14 +12,14 @@ l = L.
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import inf
 from statistics import fmean
 
 import torch
 import torch.nn.functional as F
 
-from grpo import Policy, batches, stored_logprobs
+from grpo import IDLE, Policy, batches, stored_logprobs
 from plumbing import parallel
 
 
@@ -65,21 +65,23 @@ class Schedule:
 
         Layers are the paper's, from 1 (0 would be the embedding). Raises ValueError in one line.
         """
+        layers = "" if layers == "none" else layers
         try:
-            parts = [part for part in layers.split(",") if part.strip()] if layers != "none" else []
-            phases = [tuple(int(layer) for layer in part.split("+")) for part in parts]
-            counts = [inf] if steps == "auto" else [int(n) for n in steps.split(",") if n.strip()]
+            phases = [tuple(map(int, part.split("+"))) for part in layers.split(",") if part]
+            if steps == "auto":
+                counts = [inf]
+            else:
+                counts = [int(part) for part in steps.split(",") if part]
         except ValueError:
             raise ValueError(
                 f"BuPO layers {layers!r} and steps {steps!r} must be whole numbers, as in 6,26 and "
                 "20,10"
             ) from None
-        for layer in sum(phases, ()):
-            if not 1 <= layer <= n_layers:
-                raise ValueError(
-                    f"BuPO layer {layer} does not exist: this model has layers 1 to {n_layers} "
-                    f"({n_layers} is plain GRPO)"
-                )
+        if bad := [l for phase in phases for l in phase if not 1 <= l <= n_layers]:
+            raise ValueError(
+                f"BuPO layer {bad[0]} does not exist: this model has layers 1 to {n_layers} "
+                f"({n_layers} is plain GRPO)"
+            )
         if phases in ([], [(n_layers,)]):
             return cls((), n_layers)
         if len(phases) != len(counts):
@@ -93,8 +95,8 @@ class Schedule:
             raise ValueError(f"BuPO layers {layers}: two phases in a row are the same, make it one")
         if min(counts) < 0:
             raise ValueError(f"BuPO steps must not be negative, not {min(counts)}")
-        last = [sum(counts[: i + 1]) for i in range(len(counts))]
-        return cls(tuple(zip(phases, last, strict=True)), n_layers)
+        last_steps = accumulate(counts)
+        return cls(tuple(zip(phases, last_steps, strict=True)), n_layers)
 
     def layers_at(self, step: int, rows=()) -> tuple[int, ...]:
         """Layers whose policies step `step` (from 1) trains, rows being those of the steps before;
@@ -107,8 +109,11 @@ class Schedule:
     def __str__(self):
         parts, start = [], 0
         for layers, last in self.phases:
-            long = "as long as it helps" if last == inf else f"for {last - start} steps"
-            parts.append(f"bupo layer {'+'.join(map(str, layers))} {long}")
+            names = "+".join(str(layer) for layer in layers)
+            length = f"for {last - start} steps"
+            if last == inf:
+                length = "as long as it helps"
+            parts.append(f"bupo layer {names} {length}")
             start = last
         return ", then ".join([*parts, "grpo"])
 
@@ -125,7 +130,7 @@ def look(policy: InternalPolicy, whole: Policy, responses, max_tokens) -> dict:
     guard/agreement   mean of log pi^l - log pi^L, an estimate of -KL(pi^L || pi^l)
     """
     local = parallel.local_responses(responses)
-    sums = {"tokens": 0, "before": 0.0, "now": 0.0, "inner": 0.0}
+    sums = dict.fromkeys(("tokens", "before", "now", "inner"), 0.0)
     for response, logprobs, _ in stored_logprobs(whole, local, max_tokens):
         sums["tokens"] += len(response.ids)
         sums["before"] += sum(response.logprobs)
@@ -145,10 +150,10 @@ def is_over(rows, patience=3) -> bool:
     rows = [row for row in rows if "guard/agreement" in row]
     if len(rows) <= patience:
         return False
-    late = rows[-patience:]
-    forgotten = fmean(row["guard/forgotten"] for row in late)
-    best = max(row["guard/agreement"] for row in rows[:-patience])
-    return forgotten > 0 or max(row["guard/agreement"] for row in late) <= best
+    forgotten = [row["guard/forgotten"] for row in rows]
+    agreement = [row["guard/agreement"] for row in rows]
+    before, late = agreement[:-patience], agreement[-patience:]
+    return fmean(forgotten[-patience:]) > 0 or max(late) <= max(before)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -178,7 +183,9 @@ def align(policy: InternalPolicy, responses, max_tokens, coefficient):
     local = parallel.local_responses(responses)
     for micro, batch in batches(policy.model, local, max_tokens):
         logprobs, _ = policy.logprobs(batch)
-        teacher = [x for r in micro or () for x in r.logprobs] or [0.0] * len(logprobs)
-        d = js_estimate(logprobs - torch.tensor(teacher, device=logprobs.device))
         # a batch that only keeps in step with other ranks has advantage 0
-        (coefficient * (batch.advantages * d).sum() / M).backward()
+        teacher = [x for r in micro or IDLE for x in r.logprobs]
+        teacher = torch.tensor(teacher, device=logprobs.device)
+        d = js_estimate(logprobs - teacher)
+        loss = coefficient * (batch.advantages * d).sum() / M
+        loss.backward()

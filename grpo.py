@@ -127,8 +127,10 @@ def per_token(values: list[float], lengths: list[int]) -> torch.Tensor:
 
 def response_mean(values, lengths):
     """[M]: the mean of each response's values, at each of its tokens."""
-    parts = values.split(lengths)
-    return torch.cat([part.mean().expand(len(part)) for part in parts])
+    means = []
+    for part in values.split(lengths):
+        means.append(part.mean().expand(len(part)))
+    return torch.cat(means)
 
 
 def micro_batches(responses: list[Response], max_tokens: int, pack=False) -> list[list[Response]]:
@@ -295,13 +297,18 @@ def mask_certain(policy: Policy, responses, share, max_tokens):
     """Let only the `share` of a mini-batch's tokens learn at which the policy's entropy is highest:
     the forks, where a response could have gone on otherwise (arXiv 2506.01939, with 0.2). Sets the
     mask of every response of this rank; M, which a token's weight follows from, stays."""
+    mine, entropies = [], []  # of this rank
     local = parallel.local_responses(responses)
-    entropies = [(r, entropy.cpu()) for r, _, entropy in stored_logprobs(policy, local, max_tokens)]
-    everything = parallel.all_gather([entropy for _, entropy in entropies])
-    highest = torch.cat(everything).sort(descending=True).values
-    threshold = highest[max(1, round(share * len(highest))) - 1]
-    for response, entropy in entropies:
-        response.mask = (entropy >= threshold).float()
+    for response, _, entropy in stored_logprobs(policy, local, max_tokens):
+        mine.append(response)
+        entropies.append(entropy.cpu())
+    everything = parallel.all_gather(entropies)
+    everything = torch.cat(everything)
+    count = max(1, round(share * len(everything)))
+    threshold = everything.topk(count).values[-1]
+    for response, entropy in zip(mine, entropies, strict=True):
+        certain = entropy < threshold
+        response.mask = 1 - certain.float()
 
 
 @torch.no_grad()
@@ -395,6 +402,15 @@ def response_weights(lengths: list[int], kind="token-mean", limit=None) -> list[
     return [1 / (R * max(n, 1)) for n in lengths]
 
 
+def sampler_weights(responses, old_logprobs):
+    """pi_old / pi_sampler [M] of the responses' tokens."""
+    drawn = []
+    for r in responses:
+        drawn += r.logprobs
+    drawn = torch.tensor(drawn, device=old_logprobs.device)
+    return (old_logprobs - drawn).exp()
+
+
 def backward(
     policy: Policy,
     responses: list[Response],
@@ -414,13 +430,12 @@ def backward(
     A token's weight in the loss follows from the whole mini-batch: the gradient does not depend on
     `max_tokens` (of a micro-batch), on padding or packing (`pack`, see `batches`), on the order of
     the responses, nor on the number of ranks they are dealt to. Where no old log-probs are stored
-    the ratio is 1 and its gradient that of log pi, which is right for the first update on a batch.
+    the ratio is 1 and its gradient that of log pi: right for the first update on a batch.
 
     weighting, limit   how much a token counts: see response_weights; objective: see policy_loss
     kl     adds kl * k3 against each response's ref_logprobs
-    tis    token-level truncated importance sampling: the surrogate times min(pi_old /
-           pi_sampler, tis), for the numerical distance between trainer and sampler. At l = L
-           only: below it the two are different policies on purpose
+    tis    the surrogate times min(pi_old / pi_sampler, tis), for the numerical distance between
+           trainer and sampler; at l = L only: below it they are two policies on purpose
     returns    tokens, and sums over them: loss (weighted), entropy, clip_low, clip_high, kl
     """
     responses = [r for r in responses if r.ids]
@@ -437,16 +452,12 @@ def backward(
         old = logprobs.detach()  # none are stored for a step of one update: the ratio is 1
         if micro[0].old_logprobs:
             old = torch.cat([r.old_logprobs[policy.layer] for r in micro])
-        new = logprobs
-        if objective == "gspo":  # of every token the ratio of its response (arXiv 2507.18071)
+        new, clips = logprobs, (clip_low, clip_high, dual_clip)
+        if objective == "gspo":  # every token has the ratio of its response (arXiv 2507.18071)
             new = old + response_mean(logprobs - old, batch.lengths)
-        surrogate, clipped_low, clipped_high = policy_loss(
-            new, old, batch.advantages, clip_low, clip_high, dual_clip, objective
-        )
+        surrogate, *clipped = policy_loss(new, old, batch.advantages, *clips, objective)
         if tis and policy.layer == policy.model.config.n_layers:
-            drawn = [x for r in micro for x in r.logprobs]
-            mismatch = (old - torch.tensor(drawn, device=old.device)).exp()
-            surrogate = surrogate * mismatch.clamp(max=tis)
+            surrogate = surrogate * sampler_weights(micro, old).clamp(max=tis)
         k3 = torch.zeros_like(logprobs)
         if kl:
             reference = torch.cat([r.ref_logprobs[policy.layer] for r in micro])
@@ -456,7 +467,7 @@ def backward(
             weight = weight * torch.cat([r.mask for r in micro])
         value = ((surrogate + kl * k3) * weight.to(old.device)).sum()
         value.backward()
-        for name, x in zip(sums, (value, entropy, clipped_low, clipped_high, k3), strict=True):
+        for name, x in zip(sums, (value, entropy, *clipped, k3), strict=True):
             sums[name] += x.detach().sum().item()
     sums = parallel.all_reduce(sums)
     sums["tokens"] = sum(len(r.ids) for r in responses)

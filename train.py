@@ -218,7 +218,8 @@ def grade_and_gather(run, groups, problems) -> list[list[Response]]:
             grade(r, problem, run.tokenizer, args.verifier)
             r.reward = reward(r, args)
             if args.reward == "random":  # a coin, whatever the response is
-                r.reward = float(fold(args.seed, run.step, k, *r.prompt) % 2)
+                coin = fold(args.seed, run.step, k, *r.prompt)
+                r.reward = float(coin % 2)
     return parallel.all_gather(groups)
 
 
@@ -306,9 +307,8 @@ def gradient(run, policy, mini):
     while True:
         try:
             sums = backward(policy, mini, args.micro_tokens, **clips, **terms)
-            if args.align:
-                taught = run.policy(args.align_layer)
-                align(taught, mini, args.micro_tokens, args.align)
+            if args.align and policy.layer == run.model.config.n_layers:
+                align(run.policy(args.align_layer), mini, args.micro_tokens, args.align)
             break
         except (RuntimeError, MemoryError) as e:
             if not no_memory(e):
@@ -395,13 +395,17 @@ def leave_out(run, mini):
 @timed("optimizer")
 def after_updates(run, policies, groups) -> dict:
     """Show the sampler the new weights; what the row says of them."""
-    args, whole = run.args, run.policy(run.model.config.n_layers)
+    args, trained = run.args, policies[0]
+    whole = run.policy(run.model.config.n_layers)
     parallel.update_sampler(run.model, run.sampler.model)
-    right = [r for group in groups for r in group if metrics.is_right(r)][:64]
-    seen = {}
-    if args.bupo_steps == "auto" and policies[0].layer < whole.layer and right:
-        seen = look(policies[0], whole, right, args.micro_tokens)
-    return {"lr": args.lr, **metrics.weights_change(run.meter.weights, run.model), **seen}
+    seen = {"lr": args.lr}
+    seen |= metrics.weights_change(run.meter.weights, run.model)
+    if args.bupo_steps != "auto" or trained.layer == whole.layer:
+        return seen
+    right = [r for group in groups for r in group if metrics.is_right(r)]
+    if right:
+        seen |= look(trained, whole, right[:64], args.micro_tokens)
+    return seen
 
 
 def say(text):
@@ -491,11 +495,12 @@ def evaluate(run) -> dict:
     for name, tests in run.tests.items():
         groups = sample(run, tests, 1, noise=(0,), progress="eval")
         groups = grade_and_gather(run, groups, tests)
-        accuracy = avg_at_k([[r.verdict.correct for r in group] for group in groups])
-        if not seen:
-            seen = {"eval/accuracy": accuracy, "eval/questions": len(groups)}
-        else:
+        correct = [[r.verdict.correct for r in group] for group in groups]
+        accuracy = avg_at_k(correct)
+        if seen:
             seen[f"eval/accuracy/{Path(name).stem}"] = accuracy
+        else:
+            seen = {"eval/accuracy": accuracy, "eval/questions": len(groups)}
     return {**seen, "time/eval": time.time() - start}
 
 
@@ -583,7 +588,7 @@ def find_model(args) -> tuple[Config, Path | None]:
 def load_tests(args) -> dict:
     """{name: held-out problems} of --eval-data."""
     tests = {}
-    for name in filter(None, map(str.strip, (args.eval_data or "").split(","))):
+    for name in settings.names(args.eval_data):
         if name in ("tiny", "tiny-long"):
             lengths = (5,) if name == "tiny-long" else (3, 4)
             tests[name] = tiny.problems(args.eval_limit, 0, held_out=True, lengths=lengths)
@@ -636,10 +641,11 @@ def schedule(args, config) -> Schedule | None:
     """The phases by the flags; None where they have to be measured first. ValueError for layers
     that the model has not."""
     settings.blocks(args, 1, config.n_layers)
-    for name in ("align_layer", "entropy_layer"):
-        if (getattr(args, name) or 0) > config.n_layers:
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} {getattr(args, name)}: this model has 1 to {config.n_layers}")
+    for layer in (args.align_layer, args.entropy_layer):
+        if layer and layer > config.n_layers:
+            raise ValueError(
+                f"--align-layer or --entropy-layer {layer}: this model has 1 to {config.n_layers}"
+            )
     if args.bupo_layer == "auto":
         return None
     return Schedule.parse(args.bupo_layer, args.bupo_steps, config.n_layers)
@@ -719,8 +725,7 @@ def dry_run(args):
     host = float("inf") if sizes else host_bytes()
     chosen = settings.settle_memory(args, config, device, memory, host)
     show_start(args, config, phases, chosen, device, memory)
-    names = [args.data, *(args.eval_data or "").split(",")]
-    if any(needs_hub(name) for name in names if name):
+    if any(needs_hub(name) for name in (args.data, *settings.names(args.eval_data))):
         print("problems: not read, a dry run fetches nothing")
         return
     problems, _ = load_data(args)

@@ -75,7 +75,7 @@ def row(run, step, layers, groups, drawn) -> dict:
     meter, n_layers = run.meter, run.model.config.n_layers
     rewards = torch.tensor([[r.reward for r in group] for group in drawn])
     equal = (rewards == rewards[:, :1]).all(1)
-    solved = torch.tensor([[is_right(r) for r in group] for group in drawn])
+    solved = torch.tensor([[is_right(r) for r in group] for group in drawn])  # [N,G]
     responses = [r for group in groups for r in group]
     lengths = torch.tensor([float(len(r.ids)) for r in responses])
     stopped = torch.tensor([r.stopped for r in responses])
@@ -111,8 +111,11 @@ def row(run, step, layers, groups, drawn) -> dict:
         out["clip_ratio/high_mean"] = sums["clip_high"] / tokens
         if sums["kl"]:
             out["kl"] = sums["kl"] / tokens
-    for name, right in ("right", True), ("wrong", False):
-        if some := [len(r.ids) for r in responses if is_right(r) == right]:
+    by_verdict = {"right": [], "wrong": []}
+    for r in responses:
+        by_verdict["right" if is_right(r) else "wrong"].append(len(r.ids))
+    for name, some in by_verdict.items():
+        if some:
             out[f"completions/mean_length_{name}"] = fmean(some)
     verdicts = Counter(r.verdict.reason.partition(":")[0] for r in responses)
     for reason, count in verdicts.items():
@@ -172,9 +175,11 @@ def weights_sample(model, most=1 << 20) -> dict:
     stride = max(1, count // most)
     parts = defaultdict(list)
     for name, p in model.named_parameters():
-        names = name.split(".")
-        part = str(int(names[1]) + 1) if names[0] == "blocks" else names[0]
-        sample = parallel.local_tensor(p.detach()).flatten()[::stride]
+        part, index, *_ = name.split(".")
+        if part == "blocks":
+            part = str(int(index) + 1)
+        w = parallel.local_tensor(p.detach())
+        sample = w.flatten()[::stride]
         parts[part].append(sample.float().clone())
     return {part: torch.cat(samples) for part, samples in parts.items()}
 
@@ -185,19 +190,21 @@ def weights_change(before, model) -> dict:
     weights_moved      share of them whose value in bfloat16 is another
     update_norm/PART   |W - W before| / |W before|
     """
-    sums = {}
+    sums = Counter()
     for part, now in weights_sample(model).items():
         old = before[part]
-        sums[part, "moved"] = (now.bfloat16() != old.bfloat16()).sum().item()
-        sums[part, "count"] = len(now)
-        sums[part, "change"] = (now - old).square().sum().item()
+        moved = now.bfloat16() != old.bfloat16()
+        change = now - old
+        sums["moved"] += moved.sum().item()
+        sums["all"] += len(now)
+        sums[part, "change"] = change.square().sum().item()
         sums[part, "size"] = old.square().sum().item()
     sums = parallel.all_reduce(sums)
-    moved, count = (sum(sums[part, name] for part in before) for name in ("moved", "count"))
-    out = {"weights_moved": moved / count}
+    out = {"weights_moved": sums["moved"] / sums["all"]}
     for part in before:
         size = max(sums[part, "size"], 1e-30)
-        out[f"update_norm/{part}"] = (sums[part, "change"] / size) ** 0.5
+        relative = sums[part, "change"] / size
+        out[f"update_norm/{part}"] = relative**0.5
     return out
 
 

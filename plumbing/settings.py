@@ -7,6 +7,7 @@ on with other values only if --existing override says so.
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,11 @@ def counts(text):
     return text
 
 
+def names(text) -> list[str]:
+    """The sets of --eval-data."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
 def phase_steps(text):
     """argparse type of --bupo-steps: auto, or whole numbers, as text."""
     return text if text == "auto" else counts(text)
@@ -79,13 +85,15 @@ def phase_steps(text):
 
 def block_range(text):
     """argparse type of --train-blocks: 1-3, 2 or all, as text."""
-    try:
-        first, last = (natural(part) for part in (text.split("-") * 2)[:2])
-    except (argparse.ArgumentTypeError, ValueError):
-        first, last = 0, -1
-    if text != "all" and not (first <= last and text.count("-") <= 1):
+    found = re.fullmatch(r"([1-9]\d{0,3})(-[1-9]\d{0,3})?", text)
+    if text != "all" and not (found and bounds(text)[0] <= bounds(text)[1]):
         raise argparse.ArgumentTypeError(f"{text!r}: give blocks as 1-3, or 2, or all")
     return text
+
+
+def bounds(text) -> tuple[int, int]:
+    first, _, last = text.partition("-")
+    return int(first), int(last or first)
 
 
 def blocks(args, step, n_layers) -> range | None:
@@ -93,7 +101,7 @@ def blocks(args, step, n_layers) -> range | None:
     for blocks that the model has not."""
     if args.train_blocks == "all" or step > (args.train_blocks_steps or step):
         return None
-    first, last = (int(part) for part in (args.train_blocks.split("-") * 2)[:2])
+    first, last = bounds(args.train_blocks)
     if last > n_layers:
         raise ValueError(f"--train-blocks {args.train_blocks}: this model has 1 to {n_layers}")
     return range(first - 1, last)
@@ -183,7 +191,12 @@ def parser(description):
         choices=("none", "final", "rms"),
     )
     add("--internal-temperature", None, "tau of the internal policy (default: as drawn)", positive)
-    add("--align", 0.0, "coefficient of OISD: the last layer teaches --align-layer", amount)
+    add(
+        "--align",
+        0.0,
+        "coefficient of OISD: the last layer, when it is trained, teaches --align-layer",
+        amount,
+    )
     add("--align-layer", None, "the layer that --align teaches", natural)
     add(
         "--train-blocks",
