@@ -144,10 +144,10 @@ def work(waiting, jobs, signals, ended) -> dict:
     """
     waiting, running, failed, passed_on = list(waiting), {}, {}, 0
     while running or (waiting and not signals):
-        ready = [run for run in waiting if may_start(run, running)]
-        if ready and len(running) < jobs and not signals:
-            waiting.remove(ready[0])
-            running[ready[0]] = start(ready[0])
+        free = len(running) < jobs and not signals
+        if free and (run := next((r for r in waiting if may_start(r, running)), None)):
+            waiting.remove(run)
+            running[run] = start(run)
             continue
         if len(signals) > passed_on:
             print("ending: runs under way save, the same command goes on", flush=True)
@@ -155,7 +155,7 @@ def work(waiting, jobs, signals, ended) -> dict:
                 child.terminate()
             time.sleep(0.5)  # `timeout` sends its signal twice; a second one would end them at once
             passed_on = len(signals)
-        time.sleep(0.1)
+        time.sleep(0.2)
         for run in list(running):
             if kept := warm_up_of(run):
                 copy_warm_up(run.folder / "warm-up", kept)
