@@ -69,10 +69,12 @@ def fake(tmp_path, monkeypatch):
     """Two experiments on a script that stands for train.py, with a baseline in common."""
     script = tmp_path / "fake.py"
     script.write_text(FAKE)
-    common = dict(common="--steps 4", command=str(script), seeds=2, at=(2,))
+    common = dict(command=str(script), seeds=2, at=(2,))
     experiments = {
-        "first": Experiment("First?", {"base": "--lr 1", "twice": "--lr 2"}, **common),
-        "second": Experiment("Second?", {"same": "--lr=1", "short": "--lr 3 --steps 2"}, **common),
+        "first": Experiment("First?", {"base": "--lr 1", "twice": "--lr 2"}, "--steps 4", **common),
+        "second": Experiment(
+            "Second?", {"same": "--lr=1 --steps 4", "short": "--lr 3 --steps 2"}, **common
+        ),
     }
     for name in list(EXPERIMENTS):
         monkeypatch.delitem(EXPERIMENTS, name)
