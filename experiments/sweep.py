@@ -30,7 +30,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiments.arms import EXPERIMENTS
@@ -51,7 +51,7 @@ ENDS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 class Run:
     """One process: what is typed after `python`, the seed, and the folder it is kept in."""
 
-    words: tuple[str, ...]
+    words: tuple[str, ...] = field(compare=False)
     seed: int
     folder: Path
 
@@ -61,12 +61,14 @@ class Run:
 
 
 def folder_of(words, out) -> Path:
-    """Where runs of these words are kept: a name to read, and a hash of the words in any order."""
-    flags = re.split(r" (?=--)", shlex.join(words))
-    digest = hashlib.sha256("\n".join([flags[0], *sorted(flags[1:])]).encode()).hexdigest()
-    name = re.sub(r"[^\w.,]+", "-", " ".join(flags[1:]) or flags[0]).strip("-")
-    # its end: an arm's own flags follow those of all arms
-    return out / "runs" / f"{name[-60:].strip('-')}-{digest[:8]}"
+    """Where runs of these words are kept, whatever the order of the flags: a name to read, and a
+    hash that finds it."""
+    program, *flags = re.split(r" (?=--)", shlex.join(words))
+    flags.sort()
+    digest = hashlib.sha256("\n".join([program, *flags]).encode()).hexdigest()[:8]
+    name = re.sub(r"[^\w.,]+", "-", " ".join([*flags, program])).strip("-")
+    there = sorted(out.glob(f"runs/*-{digest}"))
+    return there[0] if there else out / "runs" / f"{name[:60]}-{digest}"
 
 
 def plan(experiment, out, seeds=None, arms=None) -> dict:
@@ -144,10 +146,10 @@ def work(waiting, jobs, signals, ended) -> dict:
     """
     waiting, running, failed, passed_on = list(waiting), {}, {}, 0
     while running or (waiting and not signals):
-        ready = [run for run in waiting if may_start(run, running)]
-        if ready and len(running) < jobs and not signals:
-            waiting.remove(ready[0])
-            running[ready[0]] = start(ready[0])
+        free = len(running) < jobs and not signals
+        if free and (run := next((r for r in waiting if may_start(r, running)), None)):
+            waiting.remove(run)
+            running[run] = start(run)
             continue
         if len(signals) > passed_on:
             print("ending: runs under way save, the same command goes on", flush=True)
@@ -155,7 +157,7 @@ def work(waiting, jobs, signals, ended) -> dict:
                 child.terminate()
             time.sleep(0.5)  # `timeout` sends its signal twice; a second one would end them at once
             passed_on = len(signals)
-        time.sleep(0.1)
+        time.sleep(0.2)
         for run in list(running):
             if kept := warm_up_of(run):
                 copy_warm_up(run.folder / "warm-up", kept)

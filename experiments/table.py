@@ -10,6 +10,7 @@ of all training until then.
 """
 
 import json
+import math
 import shlex
 import textwrap
 from collections import Counter
@@ -19,7 +20,7 @@ import numpy as np
 
 from plumbing.intervals import bootstrap_mean, bootstrap_paired
 from plumbing.rows import each_row, read_json
-from tools.plot import LOOKS, heading, new_figure, plain
+from tools.plot import LOOKS, NOTE, heading, new_figure, plain
 
 # no training. Set-up holds the warm-up, which only the first run of a seed has to make
 ASIDE = "time/setup", "time/eval", "time/watch"
@@ -70,7 +71,7 @@ def curves_of(metrics) -> dict:
         here = {
             "length": row.get("completions/mean_length"),
             "reward": row.get("reward"),
-            "seconds": seconds,
+            "seconds": seconds or None,
             "tflop": tflop or None,
         }
         for key in row:
@@ -135,7 +136,9 @@ def interval(rows, arm, quantity, step, minus=None):
     """(mean, low, high) over the seeds of an arm; with `minus` of its differences to that arm, over
     the seeds that both have. None without any; low and high are None where the values do not tell,
     see plumbing/intervals.py."""
-    within = (0, 1) if quantity.startswith("accuracy") else None
+    within = (0, 1) if quantity.startswith("accuracy") else (0, math.inf)
+    if quantity == "reward":  # a penalty on length may take it below 0
+        within = None
     mine = values(rows, arm, quantity, step)
     if not minus:
         return bootstrap_mean(list(mine.values()), within=within) if mine else None
@@ -154,10 +157,12 @@ def text_of(triple, quantity, signed=False) -> str:
         return ""
     form = "+" if signed else ""
     form += DIGITS.get(quantity, ".2f")
-    mean, low, high = triple
-    if low is None:
-        return format(mean, form)
-    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+    numbers = []
+    for x in triple:
+        text = format(x or 0.0, form)
+        numbers.append(text if float(text) else text.lstrip("+-"))  # 0.00 has no sign
+    mean, low, high = numbers
+    return mean if triple[1] is None else f"{mean} [{low}, {high}]"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -246,7 +251,8 @@ def draw(experiment, rows, path):
         heading(ax, quantity.replace("/", ", "), "step")
         for arm, look in zip(experiment.arms, LOOKS, strict=False):
             band(ax, rows, arm, quantity, look)
-    axes[0][-1].legend()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper")
+    figure.supxlabel("line: mean over seeds, band: 95 % interval of it", x=0.01, ha="left", **NOTE)
     figure.savefig(path, format="png")
 
 

@@ -1,9 +1,11 @@
 """Sweeps: what is started, how often, and what is left after a kill; the numbers of the table."""
 
+import fcntl
 import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 
@@ -14,7 +16,8 @@ from experiments import sweep, table
 from experiments.arms import EXPERIMENTS, Experiment
 from plumbing import intervals
 
-# stands for train.py: a row a step, resumed after its last one; no result but of seed, lr and step
+# stands for train.py: a row a step, resumed after its last one; no result but of seed, lr and step.
+# Where a file `hold` is, it stays before step 2
 FAKE = """
 import argparse, fcntl, json, os, signal, sys, time
 from pathlib import Path
@@ -30,14 +33,20 @@ with open(a.out.parents[2] / "starts", "a") as f:
     f.write(f"{a.out.parent.name}/{a.out.name} {os.getpid()} {os.environ['OMP_NUM_THREADS']}\\n")
 if a.fail == a.seed:
     sys.exit("it would not\\ntrain.py: --fail: this seed fails")
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+
+def save(*_):
+    (a.out / "saved").touch()
+    sys.exit(75)
+
+signal.signal(signal.SIGTERM, save)
 (a.out / "config.json").write_text(json.dumps({"commit": "0123456789", "torch": "2.13"}))
 path = a.out / "metrics.jsonl"
 begun = len(path.read_text().splitlines()) if path.exists() else 0
 for step in range(begun, a.steps + 1):
     begin = time.perf_counter()
     (a.out / f"step_{step:06}").mkdir(exist_ok=True)
-    time.sleep(0.1)
+    while step == 2 and (a.out.parents[2] / "hold").exists():
+        time.sleep(0.02)
     row = {"step": step, "completions/mean_length": 10 + step, "train_tflop": 0.5}
     row |= {"time/rollout": time.perf_counter() - begin, "time/setup": 100.0}
     if step % 2 == 0:
@@ -60,10 +69,12 @@ def fake(tmp_path, monkeypatch):
     """Two experiments on a script that stands for train.py, with a baseline in common."""
     script = tmp_path / "fake.py"
     script.write_text(FAKE)
-    common = dict(common="--steps 4", command=str(script), seeds=2, at=(2,))
+    common = dict(command=str(script), seeds=2, at=(2,))
     experiments = {
-        "first": Experiment("First?", {"base": "--lr 1", "twice": "--lr 2"}, **common),
-        "second": Experiment("Second?", {"same": "--lr=1", "short": "--lr 3 --steps 2"}, **common),
+        "first": Experiment("First?", {"base": "--lr 1", "twice": "--lr 2"}, "--steps 4", **common),
+        "second": Experiment(
+            "Second?", {"same": "--lr=1 --steps 4", "short": "--lr 3 --steps 2"}, **common
+        ),
     }
     for name in list(EXPERIMENTS):
         monkeypatch.delitem(EXPERIMENTS, name)
@@ -110,32 +121,50 @@ def test_a_run_that_two_experiments_share_is_made_once(fake, tmp_path):
 
 def test_a_sweep_that_was_killed_equals_one_that_was_not(fake, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
+    hold = killed / "out/hold"
+    hold.parent.mkdir(parents=True)
     run(whole, "first", "--jobs", "4")
 
-    def begin(runs):
-        """The sweep as a process of its own, when so many runs have written rows."""
-        pid = os.fork()
-        if not pid:
-            os.setsid()
-            sweep_and_exit(killed)
-        for _ in range(300):
-            if len(list(killed.glob("out/runs/*/*/metrics.jsonl"))) >= runs:
-                return pid
-            time.sleep(0.05)
-        raise AssertionError("no rows")
+    def rows_there():
+        """How many rows each run that has begun has written."""
+        logs = killed.glob("out/runs/*/*/metrics.jsonl")
+        return sorted(len(log.read_text().splitlines()) for log in logs)
 
-    pid = begin(2)
+    def begin():
+        """The sweep as a process of its own."""
+        if pid := os.fork():
+            return pid
+        os.setsid()
+        sweep_and_exit(killed)
+
+    hold.touch()
+    pid = begin()
+    wait_until(lambda: rows_there() == [2, 2])
     os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    os.kill(int(starts(killed)[0][1]), signal.SIGKILL)  # the other one is left at work
-    pid = begin(3)
+    os.kill(int(starts(killed)[0][1]), signal.SIGKILL)
+    hold.unlink()  # the other run is left at work, and comes to its end
+    wait_until(lambda: rows_there() == [2, 5])
+    hold.touch()
+    pid = begin()
+    wait_until(lambda: rows_there() == [2, 2, 5] and len(starts(killed)) == 5)
     os.kill(pid, signal.SIGTERM)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
-    assert len(list(killed.glob("out/runs/*/*/FINISHED"))) < 4
+    assert len(list(killed.glob("out/runs/*/*/saved"))) == 2
+    assert len(list(killed.glob("out/runs/*/*/FINISHED"))) == 1
+    hold.unlink()
     run(killed, "first")
     assert rows(killed, "first") == rows(whole, "first")
     begun = Counter(name for name, *_ in starts(killed))
-    assert len(begun) == 4 and sum(begun.values()) > 5  # some twice, gone on with
+    assert sorted(begun.values()) == [1, 2, 2, 3]
+
+
+def wait_until(there):
+    for _ in range(1000):
+        if there():
+            return
+        time.sleep(0.02)
+    raise AssertionError("it did not come")
 
 
 def sweep_and_exit(folder):
@@ -147,6 +176,16 @@ def sweep_and_exit(folder):
         code = end.code
     finally:
         os._exit(code)
+
+
+def test_it_waits_for_runs_that_a_killed_sweep_left(tmp_path, capsys):
+    folder = tmp_path / "runs/any/seed1"
+    folder.mkdir(parents=True)
+    lock = open(folder / "LOCK", "w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    threading.Timer(0.2, lock.close).start()
+    sweep.wait_for_orphans(tmp_path, [])
+    assert lock.closed and f"still at work: {folder}" in capsys.readouterr().out
 
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(fake, tmp_path, monkeypatch, capsys):
@@ -217,13 +256,13 @@ def test_runs_of_a_seed_wait_for_its_warm_up(tmp_path):
 
 def test_flags_are_the_same_in_any_order_and_the_last_counts(tmp_path):
     arms = {
-        "a": "--lr 2 --x=y",
-        "b": "--x y --steps 3 --steps 4",
+        "a": "--lr 2 --x=y --z 1",
+        "b": "--z 1 --x y --steps 3 --steps 4",
         "m": "-m experiments.traps late --lr 2",
     }
     e = Experiment("?", arms, "--steps 4 --lr 2")
     a, b, m = (table.words_of(e, arm) for arm in arms)
-    assert a == ("train.py", "--steps", "4", "--lr", "2", "--x", "y")
+    assert a == ("train.py", "--steps", "4", "--lr", "2", "--x", "y", "--z", "1")
     assert sweep.folder_of(a, tmp_path) == sweep.folder_of(b, tmp_path)
     assert m == ("-m", "experiments.traps", "late", "--steps", "4", "--lr", "2")
     with pytest.raises(ValueError, match="'4' stands before any flag"):
@@ -270,7 +309,7 @@ def test_the_numbers_of_the_table():
     assert lines[2] == f"| base | 0.50 | 0.90 | 0.25 |  |  | 30.0 | {seconds} |"
     assert lines[3] == (
         f"| other | 0.70 [{low:.2f}, {high:.2f}] | 0.90 | 0.25 "
-        f"| +0.20 [{less:+.2f}, {more:+.2f}] | +0.00 | 30.0 | {seconds} |"
+        f"| +0.20 [{less:+.2f}, {more:+.2f}] | 0.00 | 30.0 | {seconds} |"
     )
     assert lines[5].startswith("Means over 3 seeds") and "Commit abcdef0." in " ".join(lines)
     assert lines[-1] == "    python -m experiments.sweep made-up"
@@ -283,4 +322,7 @@ def test_differences_are_of_the_seeds_that_both_have():
     one = [row for row in rows if row["seed"] == 3]
     assert table.text_of(table.interval(one, "other", "accuracy", 10), "accuracy") == "0.80"
     assert table.interval(rows, "other", "accuracy", 15) is None
+    assert table.text_of((-0.001, -0.012, 0.01), "accuracy", signed=True) == "0.00 [-0.01, +0.01]"
+    spread = [{"arm": "a", "seed": i, "seconds": {"1": s}} for i, s in enumerate((1.0, 1.0, 99.0))]
+    assert table.interval(spread, "a", "seconds", 1)[1] == 0  # and no less
     assert table.values(rows, "other", "length", "end") == {1: 30.0, 2: 30.0, 3: 30.0}
