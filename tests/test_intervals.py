@@ -35,8 +35,8 @@ def coverage(kind, n, times, resamples, seed=0):
 @pytest.mark.parametrize("n", [3, 5, 8, 30])
 def test_nominal_95_covers_90_to_98(kind, n):
     if (kind, n) == ("accuracy .99 of 256", 3):
-        pytest.skip("three values out of about eight: 98.9, see plumbing/intervals.py")
-    share, nothing = coverage(kind, n, 400, 1000)
+        pytest.skip("three values out of about eight: 99.3, see plumbing/intervals.py")
+    share, nothing = coverage(kind, n, 300, 1000)
     assert 0.9 <= share <= 0.98 and nothing < 0.04
 
 
@@ -50,12 +50,12 @@ def test_pairs_take_away_what_they_share():
     those of both."""
     generator = np.random.default_rng(0)
     held = 0
-    for i in range(500):
+    for i in range(300):
         hard = generator.uniform(0, 0.8, size=40)
         a, b = (generator.binomial(16, p) / 16 for p in (hard + 0.2, hard))
         _, low, high = bootstrap_paired(a, b, resamples=300, seed=i, within=(0, 1))
         held += low <= 0.2 <= high
-    assert 0.9 <= held / 500 <= 0.98
+    assert 0.9 <= held / 300 <= 0.98
     _, low_a, high_a = bootstrap_mean(a)
     assert high - low < 0.7 * (high_a - low_a)
     assert bootstrap_paired(a, b, seed=1) == bootstrap_mean(a - b, seed=1)
@@ -101,6 +101,8 @@ def test_all_right_or_all_wrong():
     assert (mean, low) == (0, 0) and (1 - high) ** 30 == pytest.approx(0.025)
     mean, low, high = bootstrap_paired([1] * 10, [0] * 10, within=(0, 1))
     assert (mean, high) == (1, 1) and low == pytest.approx(2 * 0.025**0.1 - 1)
+    mean, low, high = bootstrap_paired([0] * 10, [1] * 10, within=(0, 1))
+    assert (mean, low) == (-1, -1) and high == pytest.approx(1 - 2 * 0.025**0.1)
 
 
 def test_an_interval_is_cut_to_what_can_be():
@@ -108,11 +110,19 @@ def test_an_interval_is_cut_to_what_can_be():
     assert bootstrap_mean(values)[2] > 1 == bootstrap_mean(values, within=(0, 1))[2]
 
 
+def test_the_mean_is_inside():
+    """Also where both quantiles of t* lie on one side of 0."""
+    values = [0, 0, 0, 0, 1, 2, 30]
+    for sign in (1, -1):
+        mean, low, high = bootstrap_mean(np.multiply(sign, values), confidence=0.01)
+        assert low <= mean <= high
+
+
 @pytest.mark.parametrize(
     "change, says",
     [
-        ({"values": []}, "finite numbers, one at least"),
-        ({"values": [[1, 2], [3, 4]]}, "finite numbers"),
+        ({"values": []}, "a list of numbers, one at least"),
+        ({"values": [[1, 2], [3, 4]]}, "a list of numbers"),
         ({"values": [1, float("nan"), 2]}, "finite numbers"),
         ({"values": [0.5, 2], "within": (0, 1)}, "values from 0.5 to 2 are not in"),
         ({"confidence": 95}, "between 0 and 1, not 95"),
@@ -129,7 +139,7 @@ if __name__ == "__main__":
     print(f"    {'n':22}", *(f"{n:5}" for n in (3, 5, 8, 16, 30, 500)))
     for kind in KINDS:
         # of three values as many resamples as by default: few of 1,000 are of equal values
-        shares = [coverage(kind, 3, 5000, 10_000)[0]]
+        shares = [coverage(kind, 3, 3000, 10_000)[0]]
         shares += [coverage(kind, n, 5000, 1000)[0] for n in (5, 8, 16, 30)]
         shares += [coverage(kind, 500, 2000, 500)[0]]
         print(f"    {kind:22}", *(f"{100 * share:5.1f}" for share in shares), flush=True)
