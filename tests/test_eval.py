@@ -1,5 +1,6 @@
 """Avg@K and pass@k against counting, and the command on a small random model: killed, run again,
-beside results that are there, with nobody reading what it says."""
+beside results that are there, judged again, with several models, with nobody reading what it says.
+"""
 
 import io
 import itertools
@@ -10,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from model import Config, Transformer
 from plumbing.cli import guarded, short_name
 from plumbing.data import load_problems
 from plumbing.hub import save_model
+from plumbing.intervals import bootstrap_mean
 from plumbing.runs import folder_name
 
 
@@ -81,6 +84,28 @@ def test_scores_of_made_up_answers():
     assert s["pass@2"] == pytest.approx(2 / 3)
     assert s["reasons"] == {"equal: string": 3, "different": 3}
     assert s["avg@k_stderr"] == pytest.approx(torch.tensor([0.5, 1, 0]).std().item() / 3**0.5)
+    for name, values in (("avg@k", [0.5, 1, 0]), ("pass@1", [0.5, 1, 0]), ("pass@2", [1, 1, 0])):
+        assert s[f"{name}_interval"] == list(bootstrap_mean(values, within=(0, 1))[1:])
+    s |= {"dropped_prompts": 0, "seconds": 1}
+    line = evaluation.line_of("a", s)
+    assert line.startswith(
+        "a: Avg@2 0.500 [0.000, 1.000]  pass@1 0.500 [0.000, 1.000]  pass@2 0.66"
+    )
+    one = scores([[evaluation.sample_row(made(True, 1)), evaluation.sample_row(made(False, 1))]])
+    assert one["avg@k_interval"] is one["pass@1_interval"] is one["avg@k_stderr"] is None
+    line = evaluation.line_of("a", one | {"dropped_prompts": 0, "seconds": 1})
+    # of one question nothing is known, but that all of one were right
+    assert line.startswith("a: Avg@2 0.500  pass@1 0.500  pass@2 1.000 [0.025, 1.000]  (1 ")
+
+
+def older(out):
+    """Make a folder what eval.py wrote before scores had intervals and K was each set's own."""
+    results = results_of(out)
+    for score in results["sets"].values():
+        for name in [name for name in score if name.endswith("_interval")]:
+            del score[name]
+        results["samples"] = score["samples"]
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 def test_short_name():
@@ -232,15 +257,19 @@ def test_other_settings_are_refused(folder, tmp_path, capsys):
         ("--temperature 1.0 there, 0.5 now", (), {"temperature": 0.5}),
         ("--seed 0 there, 7 now", (), {"seed": 7}),
         (
-            "--samples 2 there, 1 now; --max-new-tokens 12 there, 9 now",
+            "--max-new-tokens 12 there, 9 now",
             (),
-            {"samples": 1, "max-new-tokens": 9},
+            {"max-new-tokens": 9},
         ),
         ("--thinking False there, True now", ("--thinking",), {}),
         ("--system '' there, 'x' now", (), {"system": "x"}),
         ("--dtype 'torch.float32' there, 'torch.bfloat16' now", (), {"dtype": "bfloat16"}),
         (f"--model '{folder}' there, '{copy}' now", (), {"model": copy}),
-        ("with other questions (9 of them, --limit None)", (), {"limit": 2}),
+        (
+            "with other questions or samples (9 questions, --limit None, --samples 2)",
+            (),
+            {"limit": 2},
+        ),
     ):
         code, said = refused(capsys, folder, out, *more, **change)
         assert code == 2 and says in said and "name another --out" in said, said
@@ -322,6 +351,194 @@ def test_one_folder_at_a_time(folder, tmp_path, capsys):
         assert "in use by pid" in refused(capsys, folder, tmp_path / "out")[1]
 
 
+def test_folders_of_older_versions(folder, tmp_path, capsys):
+    """Their sets stand, another one joins them, and --regrade adds the intervals."""
+    out = tmp_path / "out"
+    run(folder, out, data=folder / "others.jsonl")
+    expected = results_of(out)
+    older(out)
+    capsys.readouterr()
+    run(folder, out, data=folder / "others.jsonl")
+    assert re.search(r"Avg@2 0\.\d{3} \+- 0\.\d{3}  pass@1", capsys.readouterr().out)
+    regrade(out)
+    assert {**results_of(out), "samples": 0} == {**expected, "samples": 0}
+    older(out)
+    run(folder, out)
+    assert len(results_of(out)["sets"]) == 2 and "samples" not in results_of(out)
+
+
+def test_each_set_has_its_own_k(folder, tmp_path, capsys, monkeypatch):
+    """--paper by the set's name, other sets by --samples; and one that is there keeps its K."""
+    out, others, problems = (tmp_path / "out", folder / "others.jsonl", folder / "problems.jsonl")
+    monkeypatch.setitem(evaluation.PAPER, str(others), 3)
+    change = {"data": f"{others},{problems}", "max-new-tokens": None}
+    run(folder, out, "--paper", "--max-prompt-tokens", "248", **change)
+    results = results_of(out)
+    assert [score["samples"] for score in results["sets"].values()] == [3, 2]
+    assert [row["sample"] for row in rows_of(out)[:9]] == [0, 1, 2] * 3
+    assert results["max_new_tokens"] == 256 - 248  # as far as positions go, else 7,168
+    (tmp_path / "third.jsonl").write_text('{"problem": "9+9", "answer": 18}\n')
+    change = {"max-prompt-tokens": 248, "max-new-tokens": 8}
+    run(folder, out, data=tmp_path / "third.jsonl", samples=1, **change)
+    assert [score["samples"] for score in results_of(out)["sets"].values()] == [3, 2, 1]
+    before = bytes_of(out)
+    said = refused(capsys, folder, out, data=others, **change)[1]
+    assert "others.jsonl with other questions or samples (3 questions, --limit None, --sam" in said
+    assert bytes_of(out) == before
+    assert "--paper samples at --temp" in refused(capsys, folder, out, "--paper", temperature=0)[1]
+
+
+# judged again ----------------------------------------------------------------------------------
+
+
+def regrade(out, *more):
+    guarded(evaluation.main, ["--regrade", "--out", str(out), *more])
+
+
+@pytest.fixture
+def boxed(whole, tmp_path):
+    """A folder whose first three responses say, in other words, what is right; they were judged
+    wrong."""
+    out = tmp_path / "boxed"
+    out.mkdir()
+    rows = rows_of(whole)
+    for row in rows[:3]:
+        row |= {"reward": 0.0, "reason": "different", "extracted": None}
+        row["response"] = f"\\boxed{{{2 * int(row['answer'])}/2}}"
+    (out / "samples.jsonl").write_bytes(b"".join(map(evaluation.encoded, rows)))
+    (out / "results.json").write_bytes((whole / "results.json").read_bytes())
+    return out
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    monkeypatch.setattr(evaluation, "load_model", None)
+    monkeypatch.setattr(evaluation, "Sampler", None)
+
+
+def test_judged_again_is_as_judged_first(folder, whole, tmp_path, capsys, no_model):
+    """Byte for byte, results and rows."""
+    before = bytes_of(whole)
+    regrade(whole)
+    assert bytes_of(whole) == before
+    assert "0 of 18 verdicts changed (nanobupo now, nanobupo before)" in capsys.readouterr().out
+
+
+def test_another_verifier(folder, boxed, capsys, no_model):
+    """Its verdicts in rows and scores, its name in the settings; all else as it was."""
+    rows, results = rows_of(boxed), results_of(boxed)
+    regrade(boxed)
+    said = capsys.readouterr().out
+    assert "3 of 18 verdicts changed" in said
+    assert "problems.jsonl:1, sample 1: '2/2' for '1' is 1 now" in said
+    now = rows_of(boxed)
+    verdict = "extracted", "reward", "reason"
+    for old, new in zip(rows, now, strict=True):
+        assert {k: v for k, v in old.items() if k not in verdict} == {
+            k: v for k, v in new.items() if k not in verdict
+        }
+    assert [row["reward"] for row in now] == [1] * 3 + [0] * 15
+    (score,) = results_of(boxed)["sets"].values()
+    assert (score["avg@k"], score["pass@2"]) == (3 / 18, 2 / 9)
+    regrade(boxed, "--verifier", "hendrycks")
+    assert [row["reward"] for row in rows_of(boxed)] == [0] * 18
+    assert results_of(boxed)["verifier"] == "hendrycks"
+    assert "3 of 18 verdicts changed (hendrycks now, nanobupo before)" in capsys.readouterr().out
+    assert "--verifier 'hendrycks' there, 'nanobupo' now" in refused(capsys, folder, boxed)[1]
+    regrade(boxed)
+    assert rows_of(boxed) == now and results_of(boxed)["verifier"] == "nanobupo"
+    assert results_of(boxed).keys() == results.keys()
+
+
+@pytest.mark.parametrize("place", ["samples", "results", "mark"])
+def test_killed_while_judging_again(folder, boxed, killed, capsys, place):
+    """Nothing is sampled beside verdicts of two kinds; the same command makes them one."""
+    killed(["--regrade", "--out", str(boxed)], place)
+    assert "--regrade of it was cut short" in refused(capsys, folder, boxed)[1]
+    regrade(boxed)
+    assert [row["reward"] for row in rows_of(boxed)] == [1] * 3 + [0] * 15
+    (score,) = results_of(boxed)["sets"].values()
+    assert score["avg@k"] == 3 / 18
+    run(folder, boxed)
+    assert {p.name for p in boxed.iterdir()} == {"LOCK", "results.json", "samples.jsonl"}
+
+
+def test_what_cannot_be_judged_again(folder, boxed, capsys):
+    """In one line, and nothing has changed."""
+
+    def says(out=boxed):
+        before = bytes_of(boxed)
+        with pytest.raises(SystemExit) as e:
+            regrade(out)
+        assert e.value.code == 2 and bytes_of(boxed) == before
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        return line
+
+    assert "holds no results.json" in says(boxed / "nothing")
+    assert not (boxed / "nothing").exists()
+    lines = (boxed / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    row = json.loads(lines[3])
+    for content, why in (
+        (lines[:-1], "does not hold the responses of"),
+        (lines[2:], "does not hold the responses of"),
+        (lines[:3] + lines[2:3] + lines[4:], "does not hold the responses of"),
+        ([*lines, lines[-1]], "does not hold the responses of"),
+        (lines[:3] + [lines[3][:50]], "line 4 is no response"),
+        (lines[:3] + [json.dumps(row | {"answer": 7}).encode()], "line 4 is no response"),
+    ):
+        (boxed / "samples.jsonl").write_bytes(b"".join(content))
+        assert why in says()
+    (boxed / "samples.jsonl").write_bytes(b"".join(lines))
+    (boxed / ".samples-1234.jsonl").write_text("")
+    assert "or delete .samples-1234.jsonl" in says()
+    with pytest.raises(SystemExit):
+        evaluation.parse(["--regrade"])
+    assert "--regrade needs --out" in capsys.readouterr().err
+
+
+# several models --------------------------------------------------------------------------------
+
+
+def test_several_models(folder, tmp_path, capsys, monkeypatch):
+    """A folder each, one table; the first model is gone when the second is loaded."""
+    write_model(tmp_path / "a", 0)
+    write_model(tmp_path / "b", 1)
+    loaded, load = [], evaluation.load_model
+
+    def counted(*args):
+        assert not any(model() for model in loaded)
+        model = load(*args)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(evaluation, "load_model", counted)
+    models, others = f"{tmp_path / 'a'},{tmp_path / 'b'}", folder / "others.jsonl"
+    out = tmp_path / "out"
+    run(folder, out, data=others, model=models)
+    assert len(loaded) == 2
+    said = capsys.readouterr().out
+    assert f"| Avg@K | {others} |\n| --- | --- |\n| a | 0." in said and "\n| b | 0." in said
+    run(folder, tmp_path / "alone", data=others, model=tmp_path / "b")
+    assert rows_of(out / "eval-b") == rows_of(tmp_path / "alone") != rows_of(out / "eval-a")
+
+
+def test_mistakes_of_the_second_model_come_first(folder, tmp_path, capsys, monkeypatch):
+    write_model(tmp_path / "other" / "a", 0)
+    for name in "ab":
+        write_model(tmp_path / name, 0)
+    out = tmp_path / "out"
+    run(folder, out / "eval-b", model=tmp_path / "b", seed=1)
+    monkeypatch.setattr(evaluation, "load_model", None)
+    a = tmp_path / "a"
+    for second, says in (
+        ("nothing-there", "no preset of that name"),
+        (tmp_path / "b", "--seed 1 there, 0 now"),
+        (tmp_path / "other" / "a", "two of these models have one name"),
+    ):
+        assert says in refused(capsys, folder, out, model=f"{a},{second}")[1]
+    assert {p.name for p in out.iterdir()} == {"eval-b"}
+
+
 # killed ----------------------------------------------------------------------------------------
 
 PLACES = ("second piece", "half a line", "samples", "results", "own file")
@@ -353,8 +570,10 @@ def life(argv, place):
             "samples": ".new-samples.jsonl",
             "results": ".new-results.json",
             "own file": ".samples-",
+            "mark": evaluation.HALF,
         }
-        events = {"samples": "os.rename", "results": "os.rename", "own file": "os.remove"}
+        events = dict.fromkeys(("samples", "results"), "os.rename")
+        events |= dict.fromkeys(("own file", "mark"), "os.remove")
 
         def audit(event, args):
             name = Path(str(args[0])).name if args else ""
@@ -540,7 +759,7 @@ def test_an_ascii_terminal_shows_escapes(folder, whole, tmp_path, monkeypatch):
     [
         ({"model": "no-such-model"}, 2, "no preset of that name"),
         ({"data": "nothing-here.parquet"}, 2, "nothing-here"),
-        ({"data": " , "}, 2, "--data: names no set"),
+        ({"data": " , "}, 2, "--data: names nothing"),
         ({"device": "cuda:77"}, 2, "--device"),
         ({"temperature": "-1"}, 2, "--temperature: '-1' is not a number from 0 on"),
         ({"temperature": "nan"}, 2, "--temperature: 'nan'"),

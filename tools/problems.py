@@ -3,11 +3,16 @@
 python -m tools.problems math500                    does the verifier accept its answers?
 python -m tools.problems aime24 --against my.jsonl  are its questions in my training set?
 python -m tools.problems words:2:20                 made here: see plumbing/arithmetic.py
+python -m tools.problems deepmath --samples-file out/eval-x/samples.jsonl --solved .2-.8 \\
+    --out easy.jsonl                                those a model solves now and then
 """
 
+import argparse
 import collections
+import json
 import logging
 import re
+from pathlib import Path
 
 import verify
 from plumbing.cli import Parser, guarded, natural, share
@@ -22,7 +27,7 @@ from plumbing.data import (
     read_problems,
     span,
 )
-from plumbing.rows import printable
+from plumbing.rows import each_row, printable
 from plumbing.tokenizer import load_tokenizer
 
 # class of answers: what it looks like once text macros, dollars, spaces and \left \right are gone
@@ -73,6 +78,67 @@ def select(problems, classes=None, max_tokens=None, count=None):
         removed = ", ".join(said) or "there were none"
         raise DataError(f"none of {len(problems)} problems is left: {removed}")
     return left
+
+
+def shares(text) -> tuple[float, float]:
+    """argparse type: .2-.8 as (0.2, 0.8), .5 as (0.5, 0.5)."""
+    first, _, last = text.partition("-")
+    low, high = share(first), share(last or first)
+    if low > high:
+        raise argparse.ArgumentTypeError(f"{text!r} goes from more to less")
+    return low, high
+
+
+def solved_shares(path) -> dict:
+    """{(question, answer): share of its samples that are right} of a samples.jsonl."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file; eval.py writes samples.jsonl into its folder")
+    right = collections.defaultdict(list)
+    for n, row in enumerate(each_row(path), 1):
+        row = row or {}
+        about = row.get("question"), row.get("answer")
+        if row.get("reward") not in (0, 1) or not all(isinstance(text, str) for text in about):
+            raise DataError(f"{path}: line {n} is no response with a reward of 0 or 1")
+        right[about].append(row["reward"])
+    return {about: sum(rewards) / len(rewards) for about, rewards in right.items()}
+
+
+def select_solved(problems, shares, low, high):
+    """The problems of which a share from low to high was solved; prints how many were left out, and
+    why. shares: of `solved_shares`."""
+    kept, why = [], collections.Counter()
+    for p in problems:
+        solved = shares.get((p.question, p.answer))
+        if solved is None:
+            why["never sampled"] += 1
+        elif solved > high:
+            why["too easy"] += 1
+        elif solved < low:
+            why["too hard"] += 1
+        else:
+            kept.append(p)
+    left_out = ", ".join(
+        f"{why[name]} {name}" for name in ("never sampled", "too easy", "too hard")
+    )
+    said = f"{len(kept)} of {len(problems)} problems are solved {low:g} to {high:g} of the time"
+    print(f"{said}; left out: {left_out}")
+    if not kept:
+        raise DataError(f"none of {len(problems)} problems is left: {left_out}")
+    return kept
+
+
+def write(problems, path):
+    """A .jsonl file of problems that `train.py --data` reads as they are."""
+    try:
+        with open(path, "x", encoding="utf-8") as f:
+            for p in problems:
+                row = {"id": p.id, "question": p.question, "answer": p.answer, **p.meta}
+                f.write(json.dumps(row) + "\n")
+    except FileExistsError:
+        raise ValueError(f"{path} is there already: name another --out") from None
+    if fingerprint(load_problems(path)) != fingerprint(problems):
+        raise DataError(f"{path} is not read as it was meant")
+    print(f"written: {path}, {len(problems)} problems")
 
 
 def overlap(problems, others, n=20):
@@ -175,7 +241,15 @@ def parse(argv):
     add("--classes", nargs="+", choices=SHAPES, metavar="CLASS", help=classes)
     add("--max-tokens", type=natural, metavar="N", help="keep prompts of at most N tokens")
     add("--tokenizer", metavar="FOLDER", help="model folder that counts them")
+    solved = "keep those of which this share of the responses in --samples-file is right, as .2-.8"
+    add("--solved", type=shares, metavar="LOW-HIGH", help=solved)
+    add("--samples-file", metavar="FILE", help="samples.jsonl of eval.py, for --solved")
+    add("--out", metavar="FILE.jsonl", help="write what is left into a new file")
     args = parser.parse_args(argv)
+    if bool(args.solved) != bool(args.samples_file):
+        parser.error("--solved and --samples-file go together")
+    if args.out and Path(args.out).suffix != ".jsonl":
+        parser.error(f"--out {args.out}: a .jsonl file is written")
     if args.max_tokens and not args.tokenizer:
         parser.error("--max-tokens needs --tokenizer FOLDER, the model folder that counts them")
     return args
@@ -194,6 +268,8 @@ def main(argv=None):
     failed = 0
     if problems:
         problems = select(problems, args.classes, args.max_tokens, count)
+        if args.solved:
+            problems = select_solved(problems, solved_shares(args.samples_file), *args.solved)
         failed = describe(problems, report, count)
         if args.against:
             show_overlap(problems, args.against)
@@ -203,6 +279,8 @@ def main(argv=None):
             f"{report.name}: the verifier rejects {failed} of {len(problems)} answers, "
             "more than 1 in 100"
         )
+    if args.out:
+        write(problems, args.out)
 
 
 if __name__ == "__main__":
