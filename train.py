@@ -456,7 +456,7 @@ class Keeper:
             text = printable(responses[0].text)
             tqdm.write(f"first response (reward {responses[0].reward:g}):\n{text}")
         logged = responses[: args.log_samples]
-        self.samples.write([sample_row(r, step=step) for r in logged])
+        self.samples.write([scored_row(r, step) for r in logged])
         if args.watch_layers and (step == 1 or due(step, args.watch_layers)):
             row |= parallel.on_rank_0(watch, run, args.out)
         self.write(row)
@@ -481,6 +481,14 @@ class Keeper:
         what = run.args.out, run.step, *gathered, state, run.model.folder, run.args.keep
         parallel.on_rank_0(checkpoint.save, *what)
         self.saved = run.step
+
+
+def scored_row(response, step) -> dict:
+    """The line of samples.jsonl, with what the update saw of a response: its advantage, and the
+    log-prob of each token under the policy that drew it."""
+    logprobs = [round(x, 4) for x in response.logprobs]
+    advantage = round(response.advantage, 4)
+    return {**sample_row(response, step=step), "advantage": advantage, "logprobs": logprobs}
 
 
 def due(step, every, last=None) -> bool:

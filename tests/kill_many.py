@@ -216,7 +216,12 @@ def saved(out) -> list[int]:
     return sorted(int(p.name[5:]) for p in out.glob("step_*") if p.name[5:].isdigit())
 
 
-FIGURES = {"training.png": b"IEND\xaeB`\x82", "training.svg": b"</svg>\n"}  # and how they end
+# what is drawn and written at the end of a run, and how each file ends
+FIGURES = {
+    "training.png": b"IEND\xaeB`\x82",
+    "training.svg": b"</svg>\n",
+    "page.html": b"</html>\n",
+}
 
 
 def result(out) -> dict:

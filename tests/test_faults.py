@@ -341,7 +341,7 @@ def test_F01_killed_while_the_figure_is_drawn(live, whole, tmp_path):
         assert (
             code == 0
             and said.splitlines()[-1].startswith("accuracy ")
-            and len(result(out)["figures"]) == 2
+            and len(result(out)["figures"]) == 3
         )
     for name in result(out)["figures"]:
         (out / name).unlink()

@@ -359,6 +359,33 @@ def test_odd_tokens_and_names_raise_no_warning_of_a_missing_glyph(tmp_path, sket
     assert not any("\u25a1" in text for text in cells)
 
 
+def test_what_to_see_stands_under_each_figure(tmp_path, monkeypatch):
+    """One large sentence, inside the figure, below the axes and above the caption."""
+    seen = []
+
+    def savefig(figure, path, **options):
+        if str(path).endswith(".png"):
+            figure.canvas.draw()
+            box = {"axes": [ax.get_tightbbox() for ax in figure.axes if ax.get_visible()]}
+            box["caption"] = figure._supxlabel.get_window_extent()
+            see = figure.texts[-1]
+            seen.append((see, see.get_window_extent(), box, figure.bbox))
+
+    monkeypatch.setattr(plot.Figure, "savefig", savefig)
+    rows = [row for step in (0, 20) for row in state_rows(f"step {step}", step)]
+    jsonl(tmp_path / "entropy.jsonl", rows)
+    jsonl(tmp_path / "entropy_change.jsonl", change_rows("step 0", 0))
+    jsonl(tmp_path / "attribution.jsonl", attribution_rows())
+    jsonl(tmp_path / "metrics.jsonl", metric_rows(6, 3))
+    save_tokens(tmp_path / "tokens.npz")
+    plot.folder(tmp_path)
+    assert {" ".join(see.get_text().split()) for see, *_ in seen} == set(plot.SEE.values())
+    for see, at, box, figure in seen:
+        assert see.get_fontsize() == 11 and at.x1 < figure.x1 and at.x0 >= 0
+        assert box["caption"].y0 >= 0 and box["caption"].y1 < at.y0
+        assert all(at.y1 < ax.y0 for ax in box["axes"]), see.get_text()
+
+
 def test_a_deep_model_has_no_line_through_all_states(tmp_path, sketch):
     """The grey line from state to state is drawn for at most 12 layers."""
     for L, lines in ((12, 4), (13, 3)):
@@ -611,16 +638,24 @@ def test_a_folder_is_drawn_by_a_process_of_its_own(tmp_path, capsys, monkeypatch
     monkeypatch.chdir(tmp_path)
     draw("run")
     said = capsys.readouterr()
-    assert said.out == "wrote run/training.png\nwrote run/training.svg\n" and not said.err
+    files = ["training.png", "training.svg", "page.html"]
+    assert said.out.splitlines() == [f"wrote run/{name}" for name in files] and not said.err
     assert is_picture(tmp_path / "run" / "training.png")
+    assert (tmp_path / "run" / "page.html").read_text("utf-8").endswith("</html>\n")
     (tmp_path / "run" / "metrics.jsonl").write_text("torn")
     draw(tmp_path / "run")
     said = capsys.readouterr()
-    assert not said.out and len(said.err.splitlines()) == 1
+    assert not said.out and len(said.err.splitlines()) == 2
     assert "figures not drawn (plot.py: " in said.err and "none of its 1 lines" in said.err
+    assert "page.html not written (page.py: " in said.err and "nothing to show" in said.err
     monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
     draw("run")
-    assert "run: figures not drawn (" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "run: figures not drawn (" in said and "run: page.html not written (" in said
+    monkeypatch.undo()
+    monkeypatch.setattr("plumbing.figures.MOST_SECONDS", 0.01)
+    draw(tmp_path / "run")
+    assert capsys.readouterr().err.count("timed out after") == 2
 
 
 def test_drawing_needs_no_torch():

@@ -18,6 +18,7 @@ and counted.
 import argparse
 import json
 import sys
+import textwrap
 from functools import cache
 from pathlib import Path
 
@@ -65,6 +66,27 @@ matplotlib.rcParams.update(STYLE)
 # ----------------------------------------------------------------------------------------------
 # what the figures show
 
+# what to look for, by the title of a figure
+SEE = {
+    "Entropy of every internal policy": "High is undecided, low is decided: see at which layer the "
+    "model makes up its mind, and what the writes of each layer do to that.",
+    "Entropy change by layer": "Above 0 a part makes the policy less certain, below 0 more "
+    "certain. The paper trains the last layer whose MLP is above 0.",
+    "Root mean square of residual and writes": "Without a norm the size of a state acts as an "
+    "inverse temperature: where it grows, entropies fall for that reason alone.",
+    "Cosine of what is written with what is there": "At 0 a write is new, above 0 it adds to what "
+    "is there, below 0 it takes some away. The last panel: where H^l turns to its final direction.",
+    "How far each layer is from the answer": "See from which layer on the token produced is among "
+    "the first, and the layer's policy close to the model's own.",
+    "What each layer would say": "Read a column from the bottom up: where the frames begin, the "
+    "layers have settled on the token that was produced.",
+    "Through training, on the same tokens": "See which layers training changes. A perplexity that "
+    "rises while an internal layer is trained is the paper's collapse.",
+    "Which writes carry the response": "The further below 0 a bar of the first row, the more the "
+    "response needs that write. The last row is what the write says by itself.",
+    "Training": "Reward and held-out accuracy should rise. The last panel says whether to trust "
+    "them: both of its lines should stay where they begin, without jumps.",
+}
 KINDS = (
     ("H^l, the residual", "resid_post"),
     ("A^l, what attention writes", "attn_out"),
@@ -209,19 +231,19 @@ TOKENS = {
 }
 
 
-def read_tokens(path):
-    """The arrays of a tokens.npz of decompose.py, its meta as a dict; ValueError for all else."""
+def read_tokens(path, arrays=TOKENS):
+    """These arrays of a tokens.npz of decompose.py, its meta as a dict; ValueError for all else."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: not a regular file")
     try:
         with np.load(path, allow_pickle=False) as file:
-            t = {name: file[name] for name in TOKENS}
+            t = {name: file[name] for name in arrays}
         meta = json.loads(str(t["meta"]))
     except Exception as e:  # a damaged archive raises a dozen kinds, all of which mean the same
         why = " ".join(str(e).split())
         raise ValueError(f"{path}: not a readable tokens.npz ({why:.80})") from None
     sizes = {}
-    for name, (axes, kinds) in TOKENS.items():
+    for name, (axes, kinds) in arrays.items():
         shape = list(t[name].shape)
         dtype = t[name].dtype
         sizes = dict(zip(axes, shape, strict=False)) | sizes
@@ -323,9 +345,17 @@ def panel_grid(n, columns, **options):
 
 
 def finish(figure, path, title, caption):
-    """Title above, caption below, PNG and SVG; returns both paths."""
+    """Title above; below what to see here, large, and the caption, small. PNG and SVG; returns both
+    paths."""
+    see = textwrap.fill(SEE[title], 110)
+    strip = 0.1 + 0.2 * len(see.splitlines())  # inches that the sentence takes
+    height = figure.get_figheight() + strip
+    figure.set_figheight(height)
+    figure.get_layout_engine().set(rect=(0, strip / height, 1, 1 - strip / height))
     figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
     figure.supxlabel(caption, x=0.01, ha="left", **NOTE)
+    bottom = 0.1 + 0.14 * len(caption.splitlines())  # of the sentence, above the caption
+    figure.text(0.01, bottom / height, see, fontsize=11, va="bottom")
     png, svg = (Path(path).with_suffix(kind) for kind in (".png", ".svg"))
     figure.savefig(png)
     figure.savefig(svg, metadata={"Date": None})
@@ -393,7 +423,8 @@ def entropy_flow(rows, path):
         ax.set_title(name)
     xlabel = "layer (its attention and MLP writes stand to the left of its residual)"
     axes[-1, 0].set_xlabel(xlabel)
-    axes[0, 0].legend(ncols=2)
+    # the line at ln V would cross it out
+    axes[0, 0].legend(ncols=2, frameon=True, framealpha=1, edgecolor="none")
     return finish(figure, path, "Entropy of every internal policy", caption_of(rows))
 
 
