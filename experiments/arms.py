@@ -11,6 +11,7 @@ class Experiment:
     common: str = ""  # flags of all arms
     command: str = "train.py"
     at: tuple[int, ...] = (10,)  # steps of the table, beside the last one
+    more: tuple[str, ...] = ()  # further columns, as "layer_rms 1": see experiments/table.py
     seeds: int = 8  # seeds 1 to this
 
 
@@ -57,6 +58,7 @@ EXPERIMENTS = {
             "grpo": GRPO,
         },
         LONG,
+        more=("trained_entropy 1", "trained_entropy 10", "layer_rms 1", "layer_rms 10"),
     ),
     "order": Experiment(
         "Does bottom-up matter? Fifteen steps of layer 3 before, after or together with the whole.",

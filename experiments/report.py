@@ -11,6 +11,7 @@ docs/results.md is docs/results.in.md with its placeholders filled in:
     {layers/bupo3 - grpo accuracy end}         difference of two arms over the same seeds
     {layers/bupo3 - grpo accuracy 10 verdict}  "higher" or "lower" where its interval is without 0,
                                                "no difference seen" where 0 is in it
+    {lines grpo.py}                            how long a file is
 
 `accuracy` can be any quantity of a row: accuracy/SET, length, reward, seconds, tflop; `end` is the
 last step. README and the other pages hold the same words in a mark, and what stands behind it is
@@ -63,6 +64,8 @@ class Report:
                 return table.table(name, EXPERIMENTS.get(name), self.rows_of(name))
             case ["figure", name]:
                 return self.figure(name, page)
+            case ["lines", path] if (self.root / path).is_file():
+                return str(len((self.root / path).read_text().splitlines()))
             case [arm, quantity, step]:
                 return self.number(arm, None, quantity, step)
             case [arm, "-", other, quantity, step]:

@@ -5,8 +5,8 @@
     NAME.png     accuracy over the steps
 
 Of a row every quantity is {step: value}: `accuracy` of the held-out problems, `accuracy/SET` of
-further ones, `length` (response tokens) and `reward` of that step's training, `seconds` and `tflop`
-of all training until then.
+further ones, `seconds` and `tflop` of all training until then, and what KEPT names of that step's
+row of metrics.jsonl.
 """
 
 import json
@@ -24,6 +24,17 @@ from tools.plot import LOOKS, NOTE, heading, new_figure, plain
 
 # no training. Set-up holds the warm-up, which only the first run of a seed has to make
 ASIDE = "time/setup", "time/eval", "time/watch"
+KEPT = {
+    "length": "completions/mean_length",
+    "reward": "reward",
+    "entropy": "entropy",
+    "trained_entropy": "inter/entropy",
+    "layer_entropy": "watch/layer_entropy",
+    "layer_rms": "watch/layer_rms",
+    "layer_kl": "watch/layer_kl",
+    "layer_cos": "watch/layer_cos",
+    "grad_norm": "grad_norm",
+}
 DIGITS = {"length": ".1f", "seconds": ".0f", "tflop": ".3g"}  # of all else .2f
 
 # --------------------------------------------------------------------------------------------------
@@ -58,7 +69,8 @@ def command_of(name, experiment, arm, seed) -> str:
 
 
 def curves_of(metrics) -> dict:
-    """{quantity: {step: value}} at the steps of metrics.jsonl's rows that were evaluated."""
+    """{quantity: {step: value}} at the steps of metrics.jsonl's rows that were evaluated, and at
+    step 1."""
     curves = {}
     seconds = tflop = 0.0
     for row in filter(None, metrics):
@@ -66,14 +78,10 @@ def curves_of(metrics) -> dict:
         for key in row:
             if key.startswith("time/") and key not in ASIDE:
                 seconds += row[key]
-        if "eval/accuracy" not in row:
+        if "eval/accuracy" not in row and row.get("step") != 1:
             continue
-        here = {
-            "length": row.get("completions/mean_length"),
-            "reward": row.get("reward"),
-            "seconds": seconds or None,
-            "tflop": tflop or None,
-        }
+        here = {"seconds": seconds or None, "tflop": tflop or None}
+        here |= {name: row.get(key) for name, key in KEPT.items()}
         for key in row:
             if key.startswith("eval/accuracy"):
                 here[key.removeprefix("eval/")] = row[key]
@@ -206,6 +214,9 @@ def cells_of(experiment, rows) -> list[list[str]]:
         add(f"minus {first}, {label}", "accuracy", step, first)
     for title in ("length", "seconds", "TFLOP"):
         add(title, title.lower())
+    for words in experiment.more:
+        quantity, step = words.split()
+        add(f"{quantity.replace('_', ' ')}, step {step}", quantity, step)
     return columns
 
 
