@@ -66,7 +66,9 @@ def handlers():
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """Two experiments on a script that stands for train.py, with a baseline in common."""
+    """Two experiments on a script that stands for train.py, with a baseline in common; no
+    figures."""
+    monkeypatch.setattr(table, "draw", lambda experiment, rows, path: path.touch())
     script = tmp_path / "fake.py"
     script.write_text(FAKE)
     common = dict(command=str(script), seeds=2, at=(2,))
@@ -114,7 +116,9 @@ def test_a_run_that_two_experiments_share_is_made_once(fake, tmp_path):
     command = first[3]["command"]
     assert command.endswith("--steps 4 --lr 2 --seed 2 --out out/first/twice/seed2")
     assert not list(tmp_path.glob("out/runs/*/*/step_*"))
-    assert (tmp_path / "results/first.png").stat().st_size > 5000
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {
+        f"{name}.{kind}" for name in ("first", "second") for kind in ("jsonl", "md", "png")
+    }
     run(tmp_path, "all")
     assert len(starts(tmp_path)) == 6  # all are there
 
@@ -313,6 +317,12 @@ def test_the_numbers_of_the_table():
     )
     assert lines[5].startswith("Means over 3 seeds") and "Commit abcdef0." in " ".join(lines)
     assert lines[-1] == "    python -m experiments.sweep made-up"
+
+
+def test_the_figure_is_drawn(tmp_path):
+    rows = [row for row in made_up() if row["arm"] == "base"]  # nothing of the other one yet
+    table.draw(Experiment("?", {"base": "", "other": ""}), rows, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 5000
 
 
 def test_differences_are_of_the_seeds_that_both_have():
