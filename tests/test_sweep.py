@@ -109,8 +109,8 @@ def test_a_run_that_two_experiments_share_is_made_once(fake, tmp_path):
     keys = [(row["arm"], row["seed"]) for row in first]
     assert keys == [("base", 1), ("base", 2), ("twice", 1), ("twice", 2)]
     assert first[2]["accuracy"] == {"0": 0.01, "2": 0.05, "4": 0.09}
-    assert first[2]["length"] == {"0": 10, "2": 12, "4": 14}
-    assert first[2]["tflop"] == {"0": 0.5, "2": 1.5, "4": 2.5}
+    assert first[2]["length"] == {"0": 10, "1": 11, "2": 12, "4": 14}
+    assert first[2]["tflop"] == {"0": 0.5, "1": 1.0, "2": 1.5, "4": 2.5}
     assert first[2]["commit"] == "0123456789"
     assert first[0]["accuracy"] == second[0]["accuracy"]
     command = first[3]["command"]
@@ -230,7 +230,7 @@ def test_train_itself_takes_a_warm_up_that_is_kept(tmp_path, monkeypatch):
     e = Experiment("Does it run?", {"grpo": "--bupo-layer none"}, flags, seeds=1, at=(0,))
     monkeypatch.setitem(EXPERIMENTS, "layers", e)
     kept = tiny.warm_up(tmp_path / "out/warm-ups/tiny-seed1", 1, steps=3, batch=8)
-    expected = {"seed": 1, "steps": 600, "batch": 64, "lr": 0.003}
+    expected = {"model": "tiny", "seed": 1, "steps": 600, "batch": 64, "lr": 0.003}
     (kept / "warm_up.json").write_text(json.dumps(expected) + "\n")
     run(tmp_path, "layers", "--keep-checkpoints")
     (row,) = rows(tmp_path, "layers")
