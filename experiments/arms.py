@@ -47,6 +47,7 @@ EXPERIMENTS = {
             "auto": "--bupo-layer 3 --bupo-steps auto",
         },
         LONG,
+        more=("internal_steps 40",),
     ),
     "norm": Experiment(
         "Is it the scale of a state that makes a layer's policy? A norm before its unembedding, or "

@@ -5,8 +5,8 @@
     NAME.png     accuracy over the steps
 
 Of a row every quantity is {step: value}: `accuracy` of the held-out problems, `accuracy/SET` of
-further ones, `seconds` and `tflop` of all training until then, and what KEPT names of that step's
-row of metrics.jsonl.
+further ones, `seconds`, `tflop` and `internal_steps` of all training until then, and what KEPT
+names of that step's row of metrics.jsonl.
 """
 
 import json
@@ -35,7 +35,12 @@ KEPT = {
     "layer_cos": "watch/layer_cos",
     "grad_norm": "grad_norm",
 }
-DIGITS = {"length": ".1f", "seconds": ".0f", "tflop": ".3g"}  # of all else .2f
+DIGITS = {
+    "length": ".1f",
+    "internal_steps": ".1f",
+    "seconds": ".0f",
+    "tflop": ".3g",
+}  # of all else .2f
 
 # --------------------------------------------------------------------------------------------------
 # rows
@@ -73,14 +78,16 @@ def curves_of(metrics) -> dict:
     step 1."""
     curves = {}
     seconds = tflop = 0.0
+    internal = 0  # steps of internal phases until then
     for row in filter(None, metrics):
         tflop += row.get("train_tflop", 0.0)
+        internal += row.get("phase") == "internal"
         for key in row:
             if key.startswith("time/") and key not in ASIDE:
                 seconds += row[key]
         if "eval/accuracy" not in row and row.get("step") != 1:
             continue
-        here = {"seconds": seconds or None, "tflop": tflop or None}
+        here = {"seconds": seconds or None, "tflop": tflop or None, "internal_steps": internal}
         here |= {name: row.get(key) for name, key in KEPT.items()}
         for key in row:
             if key.startswith("eval/accuracy"):
