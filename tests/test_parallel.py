@@ -387,7 +387,10 @@ def test_shards_compute_in_bfloat16_as_one_process_does(folder, found, layer):
 def test_ranks_sample_in_bfloat16_what_one_process_samples(folder):
     """The first step's responses are equal, and its gradients but for roundings."""
     one, two = (rows(folder / f"half-{n}", "samples.jsonl") for n in ("one", "two"))
-    assert [r for r in one if r["step"] == 1] == [r for r in two if r["step"] == 1]
+    one, two = ([r for r in some if r["step"] == 1] for some in (one, two))
+    for a, b in zip(one, two, strict=True):
+        assert a.pop("logprobs") == pytest.approx(b.pop("logprobs"), abs=0.1)  # bfloat16
+        assert a == b
     settings = [json.loads((folder / f"half-{n}/config.json").read_text()) for n in ("one", "two")]
     assert [s["optimizer"] for s in settings] == ["split-m32", "adamw"]
     norms = [
@@ -435,6 +438,8 @@ def differences(a, b, drop=()):
     rounding."""
 
     def near(name, x, y):
+        if name == "sampler_diff/ess":
+            return x == pytest.approx(1, abs=1e-5) and y == pytest.approx(1, abs=1e-5)
         if name.startswith("sampler_diff"):
             return x < 1e-5 > y  # is itself rounding
         return x == pytest.approx(y, rel=1e-4, abs=1e-6) if isinstance(x, float) else x == y
