@@ -8,7 +8,7 @@ train: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

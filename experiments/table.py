@@ -152,7 +152,7 @@ def interval(rows, arm, quantity, step, minus=None):
     the seeds that both have. None without any; low and high are None where the values do not tell,
     see plumbing/intervals.py."""
     within = (0, 1) if quantity.startswith("accuracy") else (0, math.inf)
-    if quantity == "reward":  # a penalty on length may take it below 0
+    if quantity in ("reward", "layer_cos"):  # may be below 0
         within = None
     mine = values(rows, arm, quantity, step)
     if not minus:
