@@ -524,13 +524,13 @@ class FullInStep3:
     def __call__(self):
         after_updates = train.after_updates
 
-        def end_step(run):
+        def end_step(run, *rest):
             size = resource.RLIM_INFINITY
             if run.step + 1 == 3:
                 size = (self.out / "metrics.jsonl").stat().st_size + 20
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-            return after_updates(run)
+            return after_updates(run, *rest)
 
         train.after_updates = end_step
 

@@ -58,7 +58,7 @@ def responses(ids, advantages, old=None):
         drawn = [token for token in row[page.P :] if token != page.PAD]
         r = Response(row[: page.P], drawn, advantage=advantages[i].item())
         if old is not None:
-            r.old_logprobs = old[i, : len(drawn)]
+            r.old_logprobs = dict.fromkeys(range(1, page.L + 1), old[i, : len(drawn)])
         out.append(r)
     return out
 

@@ -430,7 +430,7 @@ def runs(device, seconds):
     yield "sparing", partial(small_run, device, sparing)
 
 
-SMALL_RUN = """--data=tiny --system= --bupo-layer=3 --bupo-steps=1 --steps=2 --prompts=2 --group=8
+SMALL_RUN = """--data=tiny --system= --bupo-layer=3 --bupo-steps=1 --steps=2 --prompts=4 --group=8
     --mini-prompts=1 --slots=16 --lr=1e-4 --max-prompt-tokens=32 --max-new-tokens=48
     --overlong=soft --overlong-buffer=47""".split()
 

@@ -13,6 +13,7 @@ three parts each needs other files; one that cannot be shown says why in its pla
 
 import argparse
 import base64
+import fnmatch
 import hashlib
 import json
 import re
@@ -298,9 +299,13 @@ def sections(fields):
         cards = []
         for bullet in re.findall(r"^- (.+(?:\n  .+)*)", body, re.MULTILINE):
             named = re.findall("`([^`]+)`", bullet)
-            names = [name for name in named if left.pop(name, False)]
+            names = []
+            for pattern in named:  # such as update_norm/*
+                names += fnmatch.filter(left, pattern)
+            for name in names:
+                left.pop(name, None)
             if names:
-                cards.append((names, re.sub("[`*]", "", " ".join(bullet.split()))))
+                cards.append((names, re.sub(r"`|\*\*", "", " ".join(bullet.split()))))
         if cards:
             out.append((heading, cards))
     if left:
