@@ -29,6 +29,7 @@ import re
 import time
 from collections import Counter
 from contextlib import nullcontext
+from copy import copy
 from itertools import chain, islice
 from math import comb
 from os import fsync
@@ -89,8 +90,8 @@ def scores(groups: list[list[dict]]) -> dict:
     questions = [pass_at_each_k(group) for group in groups]
     passes, intervals = {}, {}
     for name in questions[0]:
-        mean, *ends = bootstrap_mean([question[name] for question in questions], within=(0, 1))
-        passes[name] = mean
+        values = [question[name] for question in questions]
+        passes[name], *ends = bootstrap_mean(values, within=(0, 1))
         intervals[f"{name}_interval"] = None if None in ends else ends
     return {
         "questions": N,
@@ -186,6 +187,12 @@ def sample_row(response, **extra) -> dict:
     }
 
 
+def light(row) -> dict:
+    """What `scores` needs of a row: of 10,000 long responses the rest would fill the memory."""
+    names = "id sample reward reason finish_reason".split()
+    return {name: row[name] for name in names} | {"ids": range(len(row["ids"]))}
+
+
 # --------------------------------------------------------------------------------------------------
 # a set of problems. Its rows go to a file of its own, `part`, as they come
 
@@ -199,10 +206,11 @@ def samples_of(name, args) -> int:
 
 
 def evaluate(sampler, tokenizer, name, prompts, args, part):
-    """The rows of K responses to each prompt of a set, K in a group, kept in `part` as they come;
-    those that are there already are not sampled again. Ranks share the questions of each piece."""
+    """The rows of K responses to each prompt of a set, K in a group, kept in `part` as they come
+    and returned `light`; those that are there already are not sampled again. Ranks share the
+    questions of each piece."""
     K = samples_of(name, args)
-    groups = on_rank_0(sampled, part, prompts, K)
+    groups = [list(map(light, group)) for group in on_rank_0(sampled, part, prompts, K)]
     at_once = max(1, ROUNDS * sampler.slots * parallel.world() // K)
     for first in range(len(groups), len(prompts), at_once):
         piece = prompts[first : first + at_once]
@@ -229,7 +237,7 @@ def evaluate(sampler, tokenizer, name, prompts, args, part):
         if not first:
             prompt, response = tokenizer.decode(prompts[0][1]), rows[0][0]["response"]
             say(f"first prompt:\n{prompt}\nfirst response:\n{response}\n")
-        groups += rows
+        groups += [list(map(light, group)) for group in rows]
     return groups
 
 
@@ -306,7 +314,7 @@ def read_results(out, half=False) -> dict:
         for name, score in results["sets"].items():
             line_of(name, score)  # what can be told in a line is a score
     except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError):
-        raise ValueError(f"{out} holds files not of eval.py: name another --out") from None
+        raise ValueError(f"{out} holds no results of eval.py: name another folder") from None
     return results
 
 
@@ -325,7 +333,9 @@ def earlier(out, settings, asked, fresh) -> dict:
         raise ValueError(f"{out} holds other results ({'; '.join(changed)}): name another --out")
     for name, what in asked.items():
         score = old["sets"].get(name)
-        if score and (score.get("data_sha256"), score["samples"]) != what and not fresh:
+        if fresh or not score:
+            continue
+        if (score.get("data_sha256"), score["samples"]) != what:
             raise ValueError(
                 f"{out} holds {name} with other questions or samples ({score['questions']} "
                 f"questions, --limit {score.get('limit')}, --samples {score['samples']}): name "
@@ -405,35 +415,26 @@ def by_question(out, name, score, rows) -> list[list[dict]]:
     return groups
 
 
-def light(row) -> dict:
-    """What `scores` needs of a row: of 10,000 long responses the rest would fill the memory."""
-    names = "id sample reward reason finish_reason".split()
-    return {name: row[name] for name in names} | {"ids": range(len(row["ids"]))}
-
-
 def regraded(out, verifier, sets, changed):
-    """Yield the lines of samples.jsonl as this verifier has them; then `sets` has new scores, and
-    `changed` a text for each verdict that is another one."""
+    """Yield the lines of samples.jsonl as this verifier has them. At the end `sets` has new scores,
+    and `changed` a text for each verdict that is another one."""
     rows = {name: [] for name in sets}
     for old in kept_rows(out):
         verdict = judge(old["response"], old["answer"], verifier)
         row = old | verdict_fields(verdict)
         if row["reward"] != old["reward"]:
-            about = (
-                "{id}, sample {sample}: {extracted!r:.60} for {answer!r:.60} is {reward:.0f} now"
-            )
+            about = "{id}, sample {sample}: {extracted!r:.60} for {answer!r:.60}, now {reward:.0f}"
             changed.append(f"{about.format(**row)} ({verdict.reason})")
         rows.setdefault(row["set"], []).append(light(row))
         yield encoded(row)
     for name, score in sets.items():
         score.update(scores(by_question(out, name, score, rows[name])))
-    (out / HALF).touch()
+    (out / HALF).touch()  # not earlier: up to here a kill changes nothing
 
 
 def regrade(out, verifier):
     """Judge all sets of a folder again. Both files are replaced at the end, by renamings."""
-    if not (out / "results.json").exists():
-        raise ValueError(f"{out} holds no results.json: name a folder of eval.py by --out")
+    read_results(out, half=True)  # or no folder is made
     with checkpoint.lock(out):
         results = read_results(out, half=True)
         if parts := sorted(path.name for path in out.glob(".samples-*")):
@@ -443,7 +444,8 @@ def regrade(out, verifier):
             )
         sets, changed = results["sets"], []
         replace(out / "samples.jsonl", regraded(out, verifier, sets, changed))
-        before, results["verifier"] = results.get("verifier"), verifier
+        before = results.get("verifier")
+        results["verifier"] = verifier
         save_results(out, results)
         (out / HALF).unlink()
     of = sum(score["questions"] * score["samples"] for score in sets.values())
@@ -538,7 +540,9 @@ def tokens_a_row(prompts, args, config) -> int:
 def plan(args, model, out, problems) -> argparse.Namespace:
     """The flags for one model, and what follows from them. Mistakes end here, before anything is
     sampled."""
-    args = argparse.Namespace(**vars(args) | {"model": model, "out": out})
+    args = copy(args)
+    args.model = model
+    args.out = out
     args.folder = resolve(model, args.revision)
     config = read_config(read_json(args.folder / "config.json"))
     args.tokenizer = load_tokenizer(args.folder, args.format)
@@ -574,7 +578,9 @@ def run(args):
                 say(f"{line_of(name, sets[name])}: {out} has it")
                 continue
             if not sampler:
-                model = load_model(args.folder, getattr(torch, args.dtype[6:]), args.device)
+                model = load_model(
+                    args.folder, getattr(torch, args.dtype.removeprefix("torch.")), args.device
+                )
                 sampler = Sampler(model, args.slots, args.max_len, compile=args.compile)
                 sampler.allocate()
                 on_rank_0(save_results, out, results)  # the folder is of these settings
@@ -613,7 +619,7 @@ def main(argv=None):
     if len(folders) > 1:
         from tools.compare import table  # it reads what this file writes
 
-        say(table(folders))
+        say(on_rank_0(table, folders))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from test_hub import damage, empty_cache, fill
 
 import tiny
 from plumbing import arithmetic, data, download
+from plumbing.cli import guarded
 from plumbing.data import DataError, Problem, load_problems
 from tools import problems as tool
 from verify import verifiable
@@ -892,6 +893,78 @@ def test_select_filters_and_says_what_removed_what(caplog):
         tool.select(problems, classes=["number"])
     with pytest.raises(DataError, match="there were none"):
         tool.select([])
+
+
+def sampled(path, shares, samples=40):
+    """A samples.jsonl as eval.py writes it: of each (question, answer) that share is right."""
+    rows = []
+    for (question, answer), right in shares.items():
+        row = {"set": "s", "question": question, "answer": answer}
+        rows += [row | {"sample": k, "reward": float(k < right)} for k in range(samples)]
+    return write(path, *rows)
+
+
+def test_solved_keeps_what_is_neither_too_easy_nor_too_hard(tmp_path, capsys):
+    """Both ends belong to the range; what is written is read as the same problems."""
+    rows = [
+        {"problem": "never", "answer": 1},
+        {"problem": "easy", "answer": "2"},
+        {"problem": "hard", "answer": "3"},
+        {"problem": "8 of 40 \u2028", "answer": "27.0", "difficulty": 5.5, "id": "mine"},
+        {"problem": "20 of 40", "solution": "so it is \\boxed{\\frac{1}{2}} \ud800"},
+        {"problem": "32 of 40", "answer": "x+1", "id": 7},
+        {"problem": "two answers", "answer": "5"},
+    ]
+    path, out = write(tmp_path / "all.jsonl", *rows), tmp_path / "kept.jsonl"
+    problems = load_problems(path)
+    right = [None, 33, 7, 8, 20, 32, 33]
+    shares = {(p.question, p.answer): n for p, n in zip(problems, right, strict=True) if n}
+    samples = sampled(tmp_path / "samples.jsonl", shares | {("two answers", "6"): 20})
+    argv = [path, "--samples-file", samples, "--solved", ".2-.8", "--out", out]
+    guarded(tool.main, [str(x) for x in argv])
+    said = capsys.readouterr().out
+    assert (
+        "3 of 7 problems are solved 0.2 to 0.8 of the time; left out: 1 never sampled, "
+        "2 too easy, 1 too hard"
+    ) in said
+    assert f"written: {out}, 3 problems" in said
+    kept = load_problems(out)
+    assert pairs(kept) == pairs(problems[3:6]) and kept[0].meta == {"difficulty": 5.5}
+    assert data.fingerprint(kept) == data.fingerprint(problems[3:6])
+    assert len({p.id for p in kept}) == 3
+
+
+def test_solved_refuses(tmp_path, capsys):
+    """In one line; and no file is written, or written over."""
+    path = write(tmp_path / "all.jsonl", *GOOD[:3])
+    samples = sampled(tmp_path / "samples.jsonl", {("good 1", "1"): 20})
+    foreign = write(tmp_path / "foreign.jsonl", {"question": "q", "answer": "1", "reward": 0.5})
+    torn = write(tmp_path / "torn.jsonl", b'{"question": "q"')
+    given = ["--samples-file", samples, "--solved"]
+    for argv, code, says in (
+        (["--solved", ".2-.8"], 2, "--solved and --samples-file go together"),
+        (["--samples-file", samples], 2, "--solved and --samples-file go together"),
+        ([*given, ".8-.2"], 2, "goes from more to less"),
+        ([*given, "2-8"], 2, "'2' is not a number from 0 to 1"),
+        ([*given, ".2-.8-.9"], 2, "is not a number from 0 to 1"),
+        ([*given, ".6"], 3, "none of 3 problems is left: 2 never sampled, 0 too easy, 1 too hard"),
+        ([*given, ".2-.8", "--out", path], 2, "is there already: name another --out"),
+        ([*given, ".2-.8", "--out", tmp_path / "x.json"], 2, "a .jsonl file is written"),
+        (["--samples-file", foreign, "--solved", ".5"], 3, "foreign.jsonl: line 1 is no response"),
+        (["--samples-file", torn, "--solved", ".5"], 3, "torn.jsonl: line 1 is no response"),
+        (["--samples-file", tmp_path / "none", "--solved", ".5"], 2, "none: no such file"),
+    ):
+        with pytest.raises(SystemExit) as e:
+            guarded(tool.main, [str(x) for x in (path, *argv)])
+        (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+        assert e.value.code == code and says in line, line
+    assert len(load_problems(path)) == 3
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "all.jsonl",
+        "samples.jsonl",
+        "foreign.jsonl",
+        "torn.jsonl",
+    }
 
 
 def test_fingerprint_sees_content_and_order():

@@ -343,7 +343,7 @@ def test_what_is_not_ours_is_left_alone(folder, tmp_path, capsys, content):
 @pytest.mark.parametrize("name", ["results.json", "samples.jsonl"])
 def test_what_is_no_file_is_refused(folder, tmp_path, capsys, name):
     os.mkfifo(tmp_path / name)
-    assert "name another --out" in refused(capsys, folder, tmp_path)[1]
+    assert "holds no results of eval.py" in refused(capsys, folder, tmp_path)[1]
 
 
 def test_one_folder_at_a_time(folder, tmp_path, capsys):
@@ -430,7 +430,7 @@ def test_another_verifier(folder, boxed, capsys, no_model):
     regrade(boxed)
     said = capsys.readouterr().out
     assert "3 of 18 verdicts changed" in said
-    assert "problems.jsonl:1, sample 1: '2/2' for '1' is 1 now" in said
+    assert "problems.jsonl:1, sample 1: '2/2' for '1', now 1 (equal" in said
     now = rows_of(boxed)
     verdict = "extracted", "reward", "reason"
     for old, new in zip(rows, now, strict=True):
@@ -474,7 +474,7 @@ def test_what_cannot_be_judged_again(folder, boxed, capsys):
         (line,) = capsys.readouterr().err.strip().splitlines()
         return line
 
-    assert "holds no results.json" in says(boxed / "nothing")
+    assert "holds no results of eval.py" in says(boxed / "nothing")
     assert not (boxed / "nothing").exists()
     lines = (boxed / "samples.jsonl").read_bytes().splitlines(keepends=True)
     row = json.loads(lines[3])
