@@ -911,7 +911,7 @@ def test_solved_keeps_what_is_neither_too_easy_nor_too_hard(tmp_path, capsys):
         {"problem": "easy", "answer": "2"},
         {"problem": "hard", "answer": "3"},
         {"problem": "8 of 40 \u2028", "answer": "27.0", "difficulty": 5.5, "id": "mine"},
-        {"problem": "20 of 40", "solution": "so it is \\boxed{\\frac{1}{2}} \ud800"},
+        {"problem": "20 of 40", "solution": "so it is \\boxed{\\frac{1}{2}}"},
         {"problem": "32 of 40", "answer": "x+1", "id": 7},
         {"problem": "two answers", "answer": "5"},
     ]

@@ -594,7 +594,7 @@ def test_shards_missing_twice_or_outside_the_folder(tmp_path):
         5,
     ):
         index.write_text(json.dumps({"weight_map": weight_map | {"model.norm.weight": name}}))
-        assert str(name)[:80] in complaint(
+        assert str(name)[:50] in complaint(
             ValueError, hub.load_model, sharded
         ) and "plain file names" in complaint(ValueError, hub.load_model, sharded)
     for broken in ({}, {"weight_map": {}}, {"weight_map": [1]}):
