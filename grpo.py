@@ -427,10 +427,10 @@ def backward(
 ) -> dict:
     """Gradient of the clipped loss of a mini-batch, added to .grad, and sums of what it saw.
 
-    A token's weight in the loss follows from the whole mini-batch: the gradient does not depend on
-    `max_tokens` (of a micro-batch), on padding or packing (`pack`, see `batches`), on the order of
-    the responses, nor on the number of ranks they are dealt to. Where no old log-probs are stored
-    the ratio is 1 and its gradient that of log pi: right for the first update on a batch.
+    A token's weight follows from the whole mini-batch: the gradient does not depend on `max_tokens`
+    (of a micro-batch), padding or packing (`pack`, see `batches`), the order of the responses or the
+    number of ranks they are dealt to. Without stored old log-probs the ratio is 1 and its gradient
+    that of log pi: right for the first update on a batch.
 
     weighting, limit   how much a token counts: see response_weights; objective: see policy_loss
     kl     adds kl * k3 against each response's ref_logprobs
