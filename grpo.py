@@ -428,14 +428,14 @@ def backward(
     """Gradient of the clipped loss of a mini-batch, added to .grad, and sums of what it saw.
 
     A token's weight follows from the whole mini-batch: the gradient does not depend on `max_tokens`
-    (of a micro-batch), padding or packing (`pack`, see `batches`), the order of the responses or the
-    number of ranks they are dealt to. Without stored old log-probs the ratio is 1 and its gradient
-    that of log pi: right for the first update on a batch.
+    (of a micro-batch), padding or packing (`pack`, see `batches`), the order of responses, or how
+    many ranks they are dealt to. Without stored old log-probs the ratio is 1 and its gradient that
+    of log pi: right for the first update on a batch.
 
     weighting, limit   how much a token counts: see response_weights; objective: see policy_loss
     kl     adds kl * k3 against each response's ref_logprobs
-    tis    the surrogate times min(pi_old / pi_sampler, tis), for the numerical distance between
-           trainer and sampler; at l = L only: below it they are two policies on purpose
+    tis    the surrogate times min(pi_old / pi_sampler, tis), for how trainer and sampler differ
+           by numerics; at l = L only: below it they are two policies on purpose
     returns    tokens, and sums over them: loss (weighted), entropy, clip_low, clip_high, kl
     """
     responses = [r for r in responses if r.ids]
@@ -460,8 +460,8 @@ def backward(
             surrogate = surrogate * sampler_weights(micro, old).clamp(max=tis)
         k3 = torch.zeros_like(logprobs)
         if kl:
-            reference = torch.cat([r.ref_logprobs[policy.layer] for r in micro])
-            k3 = kl_to_reference(logprobs, reference)
+            ref = torch.cat([r.ref_logprobs[policy.layer] for r in micro])
+            k3 = kl_to_reference(logprobs, ref)
         weight = per_token([r.weight for r in micro], batch.lengths)  # 1 / M each, by default
         if micro[0].mask is not None:
             weight = weight * torch.cat([r.mask for r in micro])
