@@ -469,6 +469,5 @@ def backward(
         value.backward()
         for name, x in zip(sums, (value, entropy, *clipped, k3), strict=True):
             sums[name] += x.detach().sum().item()
-    sums = parallel.all_reduce(sums)
-    sums["tokens"] = sum(len(r.ids) for r in responses)
-    return sums
+    tokens = sum(len(r.ids) for r in responses)
+    return parallel.all_reduce(sums) | {"tokens": tokens}
