@@ -1,5 +1,5 @@
 """The experiments: a question each, and the runs of train.py that answer it. The first arm is what
-the others are compared with. All are on the tiny model unless they say otherwise."""
+the others are compared with. All but `words` are on the tiny model."""
 
 from dataclasses import dataclass
 
@@ -116,5 +116,24 @@ EXPERIMENTS = {
             "oisd3": f"{GRPO} --align 0.1 --align-layer 3",
         },
         SHORT,
+    ),
+    "words": Experiment(
+        "And on a real pretrained model? SmolLM2-135M-Instruct, 30 layers, word problems of one "
+        "operation.",
+        {
+            "grpo": GRPO,
+            "bupo10": "--bupo-layer 10 --bupo-steps 5",
+            "bupo20": "--bupo-layer 20 --bupo-steps 5",
+            "bupo25": "--bupo-layer 25 --bupo-steps 5",
+            "bupo10-norm": "--bupo-layer 10 --bupo-steps 5 --internal-norm final",
+            "bupo20-norm": "--bupo-layer 20 --bupo-steps 5 --internal-norm final",
+            "bupo25-norm": "--bupo-layer 25 --bupo-steps 5 --internal-norm final",
+            "blocks1-25": f"{GRPO} --train-blocks 1-25 --train-blocks-steps 5",
+        },
+        "--recipe words --prompts 6 --mini-prompts 6 --slots 48 --steps 10 --eval-every 5 "
+        "--eval-limit 100 --save-every 10 --watch-layers 5",
+        at=(5,),
+        more=("grad_norm 1", "trained_entropy 1", "layer_kl 1", "layer_kl 5"),
+        seeds=3,
     ),
 }
