@@ -491,9 +491,10 @@ def failure_signs(rows, internal_steps=0):
     for (a, before), (b, after) in pairwise(final):
         if b <= internal_steps and after > 1.05 * before:
             signs.append(
-                "internal phase too long: the whole policy's perplexity on these responses rises "
-                f"from {before:.4g} at step {a} to {after:.4g} at step {b}, inside the internal "
-                f"phase, which ends after step {internal_steps}; try fewer --bupo-steps"
+                "internal phase too long, if accuracy falls with it: the whole policy's perplexity "
+                f"on these responses rises from {before:.4g} at step {a} to {after:.4g} at step "
+                f"{b}, inside the internal phase, which ends after step {internal_steps}; compare "
+                "with fewer --bupo-steps"
             )
     lowest = [min(later, default=-math.inf) - first for first, *later in early.values()]
     if lowest and min(lowest) > -0.01:

@@ -517,8 +517,8 @@ def watch(run, out) -> dict:
     of step 1: see decompose.watch. Where samples.jsonl does not hold them, nothing, with a line the
     first time.
 
-    The paper's collapse shows here first: perplexity of the whole policy that rises while an
-    internal phase still runs.
+    In the paper a phase that is too long shows here: perplexity of the whole policy rises. It also
+    rises where the model has learned to answer otherwise; then the reward does not fall.
     """
     c, start = run.model.config, time.time()
     phases = run.schedule.phases

@@ -82,7 +82,8 @@ def test_every_command_and_flag_parses():
 
 def test_every_link_leads_somewhere():
     links = re.findall(r"\]\(([^)#]+)", PAGE)
-    assert links and all((walkthrough.HOME / link).exists() for link in links)
+    here = [link for link in links if not link.startswith("https:")]
+    assert here and all((walkthrough.HOME / link).exists() for link in here)
 
 
 def test_an_excerpt_whose_line_is_gone_says_where():

@@ -21,15 +21,25 @@ import torch.nn.functional as F
 
 import bupo
 import train
-from grpo import Policy, backward, group_advantages, policy_loss, stored_logprobs
+from experiments import report
+from grpo import (
+    Policy,
+    backward,
+    group_advantages,
+    plain_token_logprobs,
+    policy_loss,
+    stored_logprobs,
+)
 from model import Block, Transformer
 from plumbing import metrics
 from plumbing.cli import Parser, guarded
 from plumbing.optimizer import make_optimizer
+from plumbing.rows import each_row
 from rollout import Sampler
 
 HOME = Path(__file__).resolve().parents[1]
 WARM_UP = HOME / "results/tiny/warm-up"
+WATCHED = HOME / "results/tiny/seed1/metrics.jsonl"
 # among the step's problems, and among its responses: one that is worked out and right
 PROBLEM, RIGHT = 22, 6
 TOKENS = 0, 2, 4  # of that response, for the loss by hand
@@ -107,12 +117,13 @@ def open_run(folder):
 
 def beginning(page):
     page.say("""
-        # A walkthrough: one problem, one step, every file
+        # A walkthrough: one problem through one step of training
 
-        This page follows one problem through one step of training, from its text to what the step
-        has changed. The run is `python train.py --seed 1`, the tiny default: sums of one-digit
-        numbers, a model of four layers, BuPO on layer 3. You should know transformers. You need
-        not know this code.
+        This page follows one problem through one step, from its text to what the step has changed.
+        The run is `python train.py --seed 1 --out out/seed1`, the tiny default: sums of one-digit
+        numbers, a model of four layers, and BuPO (Bottom-up Policy Optimization,
+        [arXiv 2512.19673](https://arxiv.org/abs/2512.19673), "the paper") on layer 3. You should
+        know transformers. You need not know this code.
 
         Excerpts are cut out of the source and numbers are printed by the running code:
         `python -m tools.walkthrough` writes this page, and a test compares the two. The weights are
@@ -123,17 +134,19 @@ def beginning(page):
         Words: `H^l` is the residual stream after block l. `E_u` is the unembedding. L = 4 is the
         last layer. Read through `E_u`, every `H^l` is a policy:
 
-            pi^l = softmax(H^l E_u^T)          l = 1, 2, 3: an internal layer policy
-            pi^4 = softmax(norm(H^4) E_u^T)    the model itself
+            pi^l = softmax(H^l E_u^T / tau)          l = 1, 2, 3: an internal layer policy
+            pi^4 = softmax(norm(H^4) E_u^T / tau)    the model itself
 
-        BuPO trains an internal policy for some steps, here `pi^3`, then `pi^4`. The method of both
-        is GRPO.
+        The temperature tau is 1 here. BuPO trains an internal policy for some steps, here `pi^3`,
+        then `pi^4`. The method of both is GRPO.
 
         ## The step on one screen
         """)
     page.code(train.train, "layers = run.schedule", "log(metrics.row")
     page.say("""
-        The stops below take these lines one by one. The tiny default has `--bupo-layer 3` and
+        Stop 1 and stops 4 to 9 follow these lines. Stops 2 and 3, from ids to policies, come before
+        4, for all the others use them. Refills, several policies and the memory of a GPU are left
+        out: nothing of them happens here. The tiny default has `--bupo-layer 3` and
         `--bupo-steps 15` (`plumbing/recipes.py`), so at step 1 `layers` is `(3,)`, and there is one
         policy, that of layer 3.
 
@@ -147,10 +160,11 @@ def text_to_ids(page, run):
     page.code(train.next_problems, "return batch", "return batch")
     page.say(f"""
         The step takes {len(problems)} of {len(run.problems):,} problems. Their order is a hash of
-        (seed, epoch, index), so a resumed run needs no stored state for it. We follow number
-        {PROBLEM + 1}, `{problem.question}`, whose answer is `{problem.answer}`. Its prompt was made
-        when the run was opened, by `plumbing/tokenizer.py: Tokenizer.chat`. The tiny model's tokens
-        are bytes, and its prompt is the question and a line end:
+        (seed, epoch, index), so a resumed run needs no stored state for it. We follow the
+        {PROBLEM + 1}rd of these {len(problems)}, `{problem.question}`, whose answer is
+        `{problem.answer}`. Its prompt was made when the run was opened, by
+        `plumbing/tokenizer.py: Tokenizer.chat`. The tiny model's tokens are bytes, and its prompt
+        is the question and a line end:
         """)
     page.table(f"text, {', '.join(token(run, id) for id in prompt)}", [["id", *prompt]])
     return problems, prompt
@@ -169,13 +183,14 @@ def ids_to_states(page, run, prompt):
         `ids` is [1,{T}]; the embedding and every `H^l` are [1,{T},{c.d_model}]. Inside a block the
         queries are [1,{T},{c.n_heads},{c.head_dim}], keys and values
         [1,{T},{c.n_kv_heads},{c.head_dim}], gate and up together [1,{T},{2 * c.d_mlp}], and logits
-        would be [1,{T},{c.vocab_size}]. A block adds to the stream twice,
+        would be [1,{T},{c.vocab_size}]: 256 bytes, the end token, and three ids that are no token.
+        A block adds to the stream twice,
         `A^l` by attention and `F^l` by its MLP: `H^l = H^(l-1) + A^l + F^l`.
         `model.py: Transformer.residuals` returns all of these.
 
         Remember `until`. With `until=3` the loop ends after block 3. What comes out {equal} the
-        `H^3` of the full forward, bit for bit. At the last token of our prompt, as root mean
-        squares:
+        `H^3` of the full forward, bit for bit. At the last token of our prompt the root mean
+        squares of writes and stream are
         """)
     stream = zip(states.attn_out, states.mlp_out, states.resid_post, strict=True)
     last, rows = states.resid_post[-1][0, -1], []
@@ -198,13 +213,17 @@ def states_to_policies(page, run, prompt):
     page.say("""
         The first line of `states` runs blocks 1 to `self.layer`, here 3, and no block after them.
         The second picks the positions at which response tokens are drawn. The last applies the
-        final norm at l = 4 only (`model.py: Transformer.norm_at`). Below, the paper has no norm, so
-        the length of `H^l` acts as an inverse temperature. The two `if` are flags that are off.
+        final norm at l = 4 only (`model.py: Transformer.norm_at`). For l < 4 the paper has no norm,
+        so the length of `H^l` acts as an inverse temperature. The two `if` are `--internal-norm`,
+        which is off.
 
-        In `logprobs`, `E` is the same for every layer. `grpo.py: token_logprobs` multiplies with it
-        and takes the log-softmax at the response tokens. All of GRPO works on such a policy, and
-        `bupo.py: InternalPolicy` replaces `states` and nothing else: that is how BuPO's loss
-        differs from GRPO's.
+        In `logprobs`, `E` is the same for every layer. `token_logprobs` takes care never to hold
+        all logits at once. What it computes, as one would write it down:
+        """)
+    page.code(plain_token_logprobs, "logits =", "return")
+    page.say("""
+        All of GRPO works on such a policy, and `bupo.py: InternalPolicy` replaces `states` and
+        nothing else: that is how BuPO's loss differs from GRPO's.
 
         What the four policies would say after the prompt and after `3+4=`, each with its first
         three tokens and its entropy in nats:
@@ -237,7 +256,8 @@ def draw(page, run, problems):
     page.code(Sampler.step, "h = self.net(", "token = torch.where")
     page.say(f"""
         `train.py: sample` draws {run.args.group} responses to each of the {len(groups)} problems.
-        `self.net` is the whole model, and `unembed` without a layer is `pi^4`. **Responses are
+        `self.net` is the whole model, and `unembed` without a layer is `pi^4`. `bias` is minus
+        infinity for ids that are no token, `greedy` is off. **Responses are
         always drawn from the model itself**, whichever layer is trained. It is the model whose
         answers are to become right. `rollout.py: race` draws a
         token with probability in proportion to its weight. Its noise is a hash of (seed, step,
@@ -252,6 +272,10 @@ def draw(page, run, problems):
     return groups, response
 
 
+def right_of(responses) -> int:
+    return sum(r.verdict.correct for r in responses)
+
+
 def judge(page, run, groups):
     group = groups[PROBLEM]
     page.say("## 5. Verdict, reward, advantage")
@@ -259,7 +283,8 @@ def judge(page, run, groups):
     page.say(f"""
         `eval.py: grade` decodes a response and asks `verify.py: grade`. The last `\\boxed{{}}`
         counts, and what is in it must equal the answer, {group[0].problem.answer}.
-        `train.py: reward` makes 1 or 0 of the verdict; its `if` is a control that is off.
+        `train.py: reward` makes 1 or 0 of the verdict; its `if` is a control that is off, and
+        `stopped` says that the response ended by itself and not at the limit.
         """)
     rewards = torch.tensor([[r.reward for r in group] for group in groups])
     advantages = group_advantages(rewards, run.args.advantage)  # [N,G]
@@ -273,13 +298,18 @@ def judge(page, run, groups):
         rows.append([i, *said, int(r.reward), num(r.advantage, 4)])
     page.table("response, text, tokens, verdict, reward, advantage A", rows)
     mean, deviation = num(rewards[PROBLEM].mean(), 2), num(rewards[PROBLEM].std(), 4)
+    every = [response for group in groups for response in group]
+    guessed = [r for r in every if r.text.startswith("\\boxed")]
+    worked = [r for r in every if "=" in r.text]
     page.say(f"""
         By hand: the mean reward of the group is {mean}, its sample deviation {deviation}. A right
         response gets (1 - {mean}) / {deviation} = {num(group[RIGHT].advantage, 4)}, a wrong one
         (0 - {mean}) / {deviation} = {num(group[0].advantage, 4)}. Every token of a response has
-        this A. The lucky guess gets as much as the worked answer, for nothing rewards the steps.
-        But worked answers are right nearly always and guesses one time in eleven, so over many
-        groups working wins. In a group of equal rewards A is 0: it teaches nothing.
+        this A. The lucky guess gets as much as the worked answer, because the steps of a sum earn
+        nothing. But of the {len(every)} responses of this step {len(worked)} work the sum out, and
+        {right_of(worked)} of these are right; of the {len(guessed)} that guess it is
+        {right_of(guessed)}. So over many groups working wins. In a group of equal rewards A is 0:
+        it teaches nothing.
         """)
 
 
@@ -288,7 +318,7 @@ def keep_old(page, run, policy, groups):
     seen, before = train.before_updates(run, groups), layers_on(run, response)
     train.keep_logprobs(run, policy, minis)
     page.say("## 6. Before any update: `pi^3_old`")
-    page.code(train.keep_logprobs, "if len(minis) > 1", "response.old_logprobs")
+    page.code(train.keep_logprobs, "args, layer =", "response.old_logprobs")
     page.say(f"""
         The step makes {len(minis)} updates (`train.py: mini_batches`), each on the responses to
         {run.args.mini_prompts} problems. Ours is in the second. Both are measured against the
@@ -312,8 +342,9 @@ def keep_old(page, run, policy, groups):
         that tokens drawn from `pi^4` are not what `pi^3` would draw. Nothing corrects for that,
         here as in the paper.
 
-        As a check, `train.py: before_updates` computes `log pi^4` too. It differs from the
-        sampler's by {num(seen["sampler_diff/max"], 5)}, to five digits.
+        As a check, `train.py: before_updates` computes `log pi^4` too. On the tokens it
+        looks at the two differ by {"less" if seen["sampler_diff/max"] < 1e-5 else "more"} than
+        0.00001.
         """)
     return minis, before
 
@@ -346,7 +377,8 @@ def first_update(page, run, policy, mini):
     page.say(f"""
         `train.py: gradient` calls this, first for the other {run.args.mini_prompts} problems. In
         the first update every ratio is 1, and the gradient is that of the mean of -A `log pi^3`
-        over all tokens. What it leaves in `.grad`:
+        over all tokens. (`surrogate` is the loss of stop 8; `kl` is 0, there is no KL term.) What
+        it leaves in `.grad`:
         """)
     rows = []
     for name, parameters in parts_of(run.model).items():
@@ -355,7 +387,9 @@ def first_update(page, run, policy, mini):
     page.table("part, norm of `.grad`, moments in AdamW after the update", rows)
     page.say(f"""
         `train.py: clip` leaves it as it is, for its norm {num(norm)} is below
-        {run.args.grad_clip}. (This model's `E_u` is its embedding, which so learns at both ends.)
+        {run.args.grad_clip}. `E_u` is a part of `pi^3` and learns in every phase. In this model it
+        is the embedding too, as in many small ones, so that one matrix learns at both ends, and
+        `pi^4` moves through it as well.
 
         **Why the blocks above have no gradient.** `pi^3` is a function of `H^3`, and `H^3` one of
         the embedding and blocks 1 to 3. Block 4 and the final norm come after it and are no part of
@@ -389,6 +423,10 @@ def second_update(page, run, policy, mini, response):
         """)
     page.code(policy_loss, "ratio = (logprobs", "plain = -advantages")
     page.code(policy_loss, "near = ratio.clamp", "loss = torch.maximum")
+    page.say("""
+        Between the two stand other objectives, which are off, and after them a bound for A < 0 and
+        ratios above 10, of which there is none here.
+        """)
     rows = []
     for t in TOKENS:
         slope = 0.0 if silenced[t] else -ratio[t] * A[t]
@@ -423,14 +461,20 @@ def changes(page, run, policy, groups, response, before):
         `plumbing/metrics.py: weights_change` compares the weights with those before the step,
         |dW| / |W|:
         """)
+
+    def size(part):
+        """Root mean square of a part's weights."""
+        weights = torch.cat([w.detach().flatten() for w in parts[part]])
+        return num(weights.square().mean().sqrt(), 2)
+
     moved = [value for name, value in row.items() if name.startswith("update_norm")]
     page.table(f"{', '.join(parts)}", [[num(x, 5) if x else "0" for x in moved]])
     page.say(f"""
         At first AdamW moves every weight by about lr = {run.args.lr:g} an update, however large its
-        gradient.
-        Block 4 and the final norm are what they were, bit for bit. The sampler reads these same
-        weights, so the next step draws from the new `pi^4`. Our response under all policies, means
-        over its {len(response.ids)} tokens:
+        gradient: two updates, over weights whose root mean square is {size("block 1")} in block
+        1 and {size("embedding")} in the embedding. Block 4 and the final norm are what they were,
+        bit for bit. The sampler reads these same weights, so the next step draws from the new
+        `pi^4`. Our response under all policies, means over its {len(response.ids)} tokens:
         """)
     rows = []
     for l, (old, new) in enumerate(zip(before, after, strict=True), 1):
@@ -438,8 +482,9 @@ def changes(page, run, policy, groups, response, before):
     page.table("policy, log-prob before, after, entropy before, after", rows)
     page.say("""
         `pi^3` was trained and has changed most. `pi^4` has come along a little, for it is made of
-        the same `H^3`. [This figure](results/tiny/entropy_flow.png) has the same entropies, of a
-        whole run in place of one step: 15 steps like this one, then 45 of GRPO on `pi^4`.
+        the same `H^3`. [This figure](results/tiny/entropy_flow.png) has the entropies before and
+        after a whole run: 15 steps like this one, then 45 of GRPO on `pi^4`. (Its `H^4` is read
+        without the norm; `pi^4` is the point called final.)
         """)
 
 
@@ -459,24 +504,37 @@ def phase(page, run, policy, groups):
         for `pi^4` too. But `H^3` is being made into a finished answer, which is not what block 4
         has learned to read, and nothing in the loss says when `pi^4` begins to lose. It is `pi^4`
         that draws the responses and that you keep. The paper sees it collapse in long phases. So
-        the phase ends early, and GRPO on `pi^4` then trains all blocks together. What that is worth
-        on the tiny model is in [the runs](docs/results.md). Two flags watch it.
-
-        `--watch-layers 5`, on in the tiny default: every five steps `train.py: watch` measures
-        layer and model on the responses of step 1. `watch/perplexity` is the model's: if it rises
-        inside the phase, the phase has gone on for too long.
+        the phase ends early, and GRPO on `pi^4` then trains all blocks together. That is the
+        argument. On the tiny model, by 8 seeds with their intervals
+        ([more](docs/results.md#how-long-should-the-phase-be)), shorter is better, none is best, and
+        nothing collapses:
+        """)
+    lengths, made = ("0", "5", "15", "25", "40"), report.Report(HOME)
+    accuracies = [made.number(f"length/{n}", None, "accuracy", "end") for n in lengths]
+    page.table(f"steps of layer 3, {', '.join(lengths)}", [["accuracy after 40", *accuracies]])
+    looks = [row for row in each_row(WATCHED) if row["step"] in (1, 5, 10, 15)]
+    perplexity = ", ".join(num(row["watch/perplexity"], 2) for row in looks)
+    solved = {row["step"]: row.get("eval/accuracy") for row in each_row(WATCHED)}
+    page.say(f"""
+        Two flags watch the phase. `--watch-layers 5`, on in the tiny default: every five steps
+        `train.py: watch` measures layer and model on the responses of step 1. `watch/perplexity` is
+        the model's. It also rises when the model learns to answer otherwise, so it alone says
+        little: in [the whole run](results/tiny/seed1/metrics.jsonl) it is {perplexity} at steps 1,
+        5, 10 and 15, while held-out accuracy goes from {num(solved[0], 2)} to {num(solved[10], 2)}
+        in ten steps. Alarming is a rise while `reward` falls.
 
         `--bupo-steps auto`: the phase ends by itself. After each step `bupo.py: look` takes two
-        means over the tokens of right responses. After ours they are:
+        means over the tokens of at most 64 right responses. After this step they are:
         """)
     forgotten = "`guard/forgotten`", "`log pi^4` before the step - `log pi^4` now"
     agreement = "`guard/agreement`", "`log pi^3` - `log pi^4`"
     rows = [[*row, num(seen[row[0].strip("`")], 4)] for row in (forgotten, agreement)]
     page.table("name, mean of, nats a token", rows)
-    page.code(bupo.is_over, "if len(rows) <= patience")
+    page.code(bupo.is_over, "rows = [row")
     page.say("""
-        `guard/forgotten` below 0 says that the model itself has gained. The phase is over when it
-        has lost on average over three steps, or when `pi^3` has come no closer to `pi^4` for three.
+        `guard/forgotten` below 0 says that the model itself has gained. `guard/agreement` estimates
+        -KL(pi^4 || pi^3): the higher, the closer. The phase is over when the model has lost on
+        average over three steps (`patience`), or when `pi^3` has come no closer to it in three.
         """)
 
 
@@ -487,11 +545,11 @@ def schedule(page, run):
         A step asks in its first line which layers it trains. The answer follows from the step alone
         (of `auto`, from the logged rows too), so a resumed run is in the same phase:
         """)
-    page.code(bupo.Schedule.layers_at, "for layers, last")
+    page.code(bupo.Schedule.layers_at, "def layers_at")
     page.say("""
         `--bupo-layer` names the layer of each phase and `--bupo-steps` its length in steps
-        (`bupo.py: Schedule.parse`). After the phases comes layer 4, the whole model. Which layer is
-        trained at steps 1 to 6:
+        (`bupo.py: Schedule.parse`); the last step of `auto` is infinity. After the phases comes
+        layer 4, the whole model. Which layer is trained at steps 1 to 6:
         """)
     rows = []
     for flags in ("3 15", "2,3,2,3 1,1,1,1", "2,3 3,2", "2+3 4", "none 30"):
@@ -507,10 +565,15 @@ def schedule(page, run):
             python train.py --bupo-layer 2,3,2,3 --bupo-steps 1,1,1,1 --seed 1 --out out/in-turn
 
         In `out/in-turn/metrics.jsonl`, `inter/layer` says which layer each step has trained. More
-        turns are longer lists. For turns without end make `return (2 + step % 2,)` the first line
-        of `bupo.py: Schedule.layers_at`: layer 3 at odd steps, 2 at even ones. Nothing else has to
-        change. `train.py: train` makes a policy of every layer it is told, and all that follows
-        works on a policy.
+        turns are longer lists. Turns without end are one line, put before the loop of `layers_at`:
+
+            return (2 + step % 2,)  # layer 3 at odd steps, 2 at even ones
+
+        The loop in `train.py: train` needs no other change: it makes a policy of every layer it is
+        told, and all that follows works on a policy. But flags and code now say different things.
+        What is printed at the start, `config.json` and `--watch-layers` follow the flags; a resumed
+        run does not notice, so give the edited code an `--out` of its own; block 4 never learns;
+        and the tests of the schedule will say that it is another one.
 
         ## Where to change what
 
