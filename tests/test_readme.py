@@ -23,7 +23,7 @@ RUN = {
     "--max-new-tokens 64": "--limit 2",
     "decompose.py --model out/tiny/warm-up --compare out/tiny/step_000060 "
     "--samples-file out/tiny/samples.jsonl --limit 300": "--limit 4",
-    "train.py --seed 1 --out out/seed1 --bupo-layer none": f"{SMALL} --steps 1",
+    "train.py --out out/grpo --bupo-layer none": f"{SMALL} --steps 1 --seed 1",
     "-m experiments.sweep layers": "--list",
     "train.py --model qwen3-4b --dry-run --memory 80": "",
     # needs the network, and the next three GPUs
@@ -71,9 +71,9 @@ def test_every_command_is_here():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the commands are typed: it has the warm-up of `make`, and of seed 1."""
+    """Where the commands are typed: it has the warm-ups that they would make."""
     folder = tmp_path_factory.mktemp("readme")
-    for name in ("tiny", "seed1"):
+    for name in ("tiny", "grpo"):
         shutil.copytree(ROOT / "results/tiny/warm-up", folder / "out" / name / "warm-up")
     return folder
 
