@@ -110,7 +110,7 @@ class Schedule:
         parts, start = [], 0
         for layers, last in self.phases:
             names = "+".join(str(layer) for layer in layers)
-            length = f"for {last - start} steps"
+            length = "for 1 step" if last == start + 1 else f"for {last - start} steps"
             if last == inf:
                 length = "as long as it helps"
             parts.append(f"bupo layer {names} {length}")

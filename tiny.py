@@ -4,7 +4,7 @@ that leaves a model able but unfocused.
 The problems add and subtract three or four one-digit numbers. The warm-up shows two ways of
 answering, and which one a problem gets is chance:
 
-    7+8-5   worked    7+8=15, 15-5=10. \\boxed{10}    right nearly always: it has learned to add
+    7+8-5   worked    7+8=15, 15-5=10. \\boxed{10}    mostly right: it has learned to add
     7+8-5   blurted   \\boxed{13}                     a guess, right one time in eleven
 
 So the model starts like a base model before RL: it can solve the problems, but mostly does not

@@ -98,7 +98,7 @@ def test_schedule():
     assert [down.layers_at(t) for t in (3, 4, 5, 6)] == [(36,), (6,), (6,), (36,)]
     both = Schedule.parse("6+36,7", "2,1", 36)
     assert [both.layers_at(t) for t in (1, 2, 3, 4)] == [(6, 36), (6, 36), (7,), (36,)]
-    assert str(both) == "bupo layer 6+36 for 2 steps, then bupo layer 7 for 1 steps, then grpo"
+    assert str(both) == "bupo layer 6+36 for 2 steps, then bupo layer 7 for 1 step, then grpo"
 
 
 @pytest.mark.parametrize(

@@ -417,14 +417,13 @@ def entropy_flow(rows, path):
     are those of entropy.jsonl. Of a deep model the three kinds of state have a line each and the
     grey one, which goes from state to state, is left out: it would cross out the others."""
     runs = runs_of(rows)
-    figure, axes = new_figure(len(runs), 1, 2.4 * len(runs) + 1.5, sharex=True, sharey=True)
+    figure, axes = new_figure(len(runs), 1, 2.4 * len(runs) + 1.8, sharex=True, sharey=True)
     for ax, (name, mine) in zip(axes[:, 0], runs.items(), strict=True):
         flow_panel(ax, mine)
         ax.set_title(name)
     xlabel = "layer (its attention and MLP writes stand to the left of its residual)"
     axes[-1, 0].set_xlabel(xlabel)
-    # the line at ln V would cross it out
-    axes[0, 0].legend(ncols=2, frameon=True, framealpha=1, edgecolor="none")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     return finish(figure, path, "Entropy of every internal policy", caption_of(rows))
 
 
