@@ -50,12 +50,13 @@ EXPERIMENTS = {
         more=("internal_steps 40",),
     ),
     "norm": Experiment(
-        "Is it the scale of a state that makes a layer's policy? A norm before its unembedding, or "
-        "none.",
+        "Is it the scale of a state that makes a layer's policy? A norm before its unembedding, a "
+        "temperature of its own, or neither.",
         {
             "none": "--bupo-layer 3 --bupo-steps 15",
             "rms": "--bupo-layer 3 --bupo-steps 15 --internal-norm rms",
             "final": "--bupo-layer 3 --bupo-steps 15 --internal-norm final",
+            "temperature2": "--bupo-layer 3 --bupo-steps 15 --internal-temperature 2",
             "grpo": GRPO,
         },
         LONG,
