@@ -21,7 +21,7 @@ GRPO = "--bupo-layer none"
 TRAP = "-m experiments.traps"
 
 EXPERIMENTS = {
-    "default": Experiment("What does `python train.py` reach?", {"default": ""}, at=(10, 30)),
+    "default": Experiment("What does `python train.py` reach?", {"default": ""}, at=(0, 10, 30)),
     "layers": Experiment(
         "Does training an internal layer first help, and is it the internal objective or only that "
         "fewer blocks learn?",
@@ -35,6 +35,7 @@ EXPERIMENTS = {
             "blocks1-3": f"{GRPO} --train-blocks 1-3 --train-blocks-steps 15",
         },
         LONG,
+        at=(10, 20),
     ),
     "length": Experiment(
         "How long should the internal phase be? Layer 3, from no step of 40 to all.",

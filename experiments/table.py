@@ -155,6 +155,8 @@ def interval(rows, arm, quantity, step, minus=None):
     if quantity in ("reward", "layer_cos"):  # may be below 0
         within = None
     mine = values(rows, arm, quantity, step)
+    if quantity == "internal_steps" and len(set(mine.values())) == 1:
+        return mine[min(mine)], None, None  # by its flags
     if not minus:
         return bootstrap_mean(list(mine.values()), within=within) if mine else None
     other = values(rows, minus, quantity, step)
@@ -172,6 +174,8 @@ def text_of(triple, quantity, signed=False) -> str:
         return ""
     form = "+" if signed else ""
     form += DIGITS.get(quantity, ".2f")
+    if signed and any(x and float(format(x, form)) == 0 for x in triple[1:]):
+        form = "+.3f"  # on which side of 0 an end lies can be seen
     numbers = []
     for x in triple:
         text = format(x or 0.0, form)

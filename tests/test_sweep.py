@@ -333,6 +333,17 @@ def test_differences_are_of_the_seeds_that_both_have():
     assert table.text_of(table.interval(one, "other", "accuracy", 10), "accuracy") == "0.80"
     assert table.interval(rows, "other", "accuracy", 15) is None
     assert table.text_of((-0.001, -0.012, 0.01), "accuracy", signed=True) == "0.00 [-0.01, +0.01]"
+    # an end that rounds to 0 says on which side it lies
+    close = table.text_of((0.012, 0.0013, 0.03), "accuracy", signed=True)
+    assert close == "+0.012 [+0.001, +0.030]"
+    assert table.text_of((0.012, 0.0, 0.03), "accuracy", signed=True) == "+0.01 [0.00, +0.03]"
     spread = [{"arm": "a", "seed": i, "seconds": {"1": s}} for i, s in enumerate((1.0, 1.0, 99.0))]
     assert table.interval(spread, "a", "seconds", 1)[1] == 0  # and no less
     assert table.values(rows, "other", "length", "end") == {1: 30.0, 2: 30.0, 3: 30.0}
+
+
+def test_a_length_that_the_flags_give_has_no_interval():
+    rows = [{"arm": "a", "seed": seed, "internal_steps": {"40": 15}} for seed in (1, 2, 3)]
+    assert table.interval(rows, "a", "internal_steps", "end") == (15, None, None)
+    rows[0]["internal_steps"]["40"] = 12
+    assert table.interval(rows, "a", "internal_steps", "end")[1] < 14

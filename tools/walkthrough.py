@@ -210,15 +210,16 @@ def states_to_policies(page, run, prompt):
         """)
     page.code(bupo.InternalPolicy.states, "h = self.model")
     page.code(Policy.logprobs, "h = self.states")
-    page.say("""
+    page.say(f"""
         The first line of `states` runs blocks 1 to `self.layer`, here 3, and no block after them.
         The second picks the positions at which response tokens are drawn. The last applies the
         final norm at l = 4 only (`model.py: Transformer.norm_at`). For l < 4 the paper has no norm,
         so the length of `H^l` acts as an inverse temperature. The two `if` are `--internal-norm`,
         which is off.
 
-        In `logprobs`, `E` is the same for every layer. `token_logprobs` takes care never to hold
-        all logits at once. What it computes, as one would write it down:
+        In `logprobs`, `E` is the same for every layer, and `n_vocab` is {run.n_vocab}: ids from
+        there on are no tokens. `token_logprobs` takes care never to hold all logits at once. What
+        it computes, as one would write it down:
         """)
     page.code(plain_token_logprobs, "logits =", "return")
     page.say("""
@@ -342,9 +343,8 @@ def keep_old(page, run, policy, groups):
         that tokens drawn from `pi^4` are not what `pi^3` would draw. Nothing corrects for that,
         here as in the paper.
 
-        As a check, `train.py: before_updates` computes `log pi^4` too. On the tokens it
-        looks at the two differ by {"less" if seen["sampler_diff/max"] < 1e-5 else "more"} than
-        0.00001.
+        As a check, `train.py: before_updates` computes `log pi^4` too. The sampler's and the
+        trainer's differ by {"less" if seen["sampler_diff/max"] < 1e-5 else "more"} than 0.00001.
         """)
     return minis, before
 
@@ -377,8 +377,8 @@ def first_update(page, run, policy, mini):
     page.say(f"""
         `train.py: gradient` calls this, first for the other {run.args.mini_prompts} problems. In
         the first update every ratio is 1, and the gradient is that of the mean of -A `log pi^3`
-        over all tokens. (`surrogate` is the loss of stop 8; `kl` is 0, there is no KL term.) What
-        it leaves in `.grad`:
+        over the tokens of this mini-batch. (`surrogate` is the loss of stop 8 and `weight` is 1 / M
+        of there; `kl` is 0, there is no KL term.) What it leaves in `.grad`:
         """)
     rows = []
     for name, parameters in parts_of(run.model).items():
@@ -393,8 +393,9 @@ def first_update(page, run, policy, mini):
 
         **Why the blocks above have no gradient.** `pi^3` is a function of `H^3`, and `H^3` one of
         the embedding and blocks 1 to 3. Block 4 and the final norm come after it and are no part of
-        that function. Thanks to `until` they were not even run, so their `.grad` is None. In the
-        paper's code they are run and ignored, and it is *zero*. To AdamW that is another thing:
+        that function: no path leads to them from the loss, so their `.grad` is None, and `until`
+        saves running them. In the paper's code they are run and ignored, and the gradient that the
+        optimizer sees is *zero*. To AdamW that is another thing:
 
             w = (1 - lr decay) w - lr m / (sqrt(v) + eps)      m, v: moments, bias corrected
 
@@ -472,8 +473,9 @@ def changes(page, run, policy, groups, response, before):
     page.say(f"""
         At first AdamW moves every weight by about lr = {run.args.lr:g} an update, however large its
         gradient: two updates, over weights whose root mean square is {size("block 1")} in block
-        1 and {size("embedding")} in the embedding. Block 4 and the final norm are what they were,
-        bit for bit. The sampler reads these same weights, so the next step draws from the new
+        1 and {size("embedding")} in the embedding. (The same way twice would be 0.0002 over these;
+        the two updates do not go quite the same way.) Block 4 and the final norm are what they
+        were, bit for bit. The sampler reads these same weights, so the next step draws from the new
         `pi^4`. Our response under all policies, means over its {len(response.ids)} tokens:
         """)
     rows = []
@@ -506,12 +508,15 @@ def phase(page, run, policy, groups):
         that draws the responses and that you keep. The paper sees it collapse in long phases. So
         the phase ends early, and GRPO on `pi^4` then trains all blocks together. That is the
         argument. On the tiny model, by 8 seeds with their intervals
-        ([more](docs/results.md#how-long-should-the-phase-be)), shorter is better, none is best, and
-        nothing collapses:
+        ([more](docs/results.md#how-long-should-the-phase-be)), no phase beats none, long ones cost
+        something, and nothing collapses. Of 40 steps the first ones train layer 3, the rest the
+        model; accuracy is that on 256 held-out problems at the end:
         """)
     lengths, made = ("0", "5", "15", "25", "40"), report.Report(HOME)
     accuracies = [made.number(f"length/{n}", None, "accuracy", "end") for n in lengths]
-    page.table(f"steps of layer 3, {', '.join(lengths)}", [["accuracy after 40", *accuracies]])
+    paired = [made.number(f"length/{n}", "0", "accuracy", "end") for n in lengths[1:]]
+    rows = ["accuracy", *accuracies], ["minus none, same seeds", "", *paired]
+    page.table(f"steps of layer 3, {', '.join(lengths)}", rows)
     looks = [row for row in each_row(WATCHED) if row["step"] in (1, 5, 10, 15)]
     perplexity = ", ".join(num(row["watch/perplexity"], 2) for row in looks)
     solved = {row["step"]: row.get("eval/accuracy") for row in each_row(WATCHED)}
@@ -532,9 +537,10 @@ def phase(page, run, policy, groups):
     page.table("name, mean of, nats a token", rows)
     page.code(bupo.is_over, "rows = [row")
     page.say("""
-        `guard/forgotten` below 0 says that the model itself has gained. `guard/agreement` estimates
-        -KL(pi^4 || pi^3): the higher, the closer. The phase is over when the model has lost on
-        average over three steps (`patience`), or when `pi^3` has come no closer to it in three.
+        `guard/forgotten` below 0 says that the model itself has gained. `guard/agreement` is, on
+        right responses, an estimate of -KL(pi^4 || pi^3): the higher, the closer. The phase is over
+        when the model has lost on average over three steps (`patience`), or when `pi^3` has come no
+        closer to it in three.
         """)
 
 
@@ -567,13 +573,14 @@ def schedule(page, run):
         In `out/in-turn/metrics.jsonl`, `inter/layer` says which layer each step has trained. More
         turns are longer lists. Turns without end are one line, put before the loop of `layers_at`:
 
-            return (2 + step % 2,)  # layer 3 at odd steps, 2 at even ones
+            return (3 - step % 2,)  # 2, 3, 2, 3, ...
 
         The loop in `train.py: train` needs no other change: it makes a policy of every layer it is
         told, and all that follows works on a policy. But flags and code now say different things.
-        What is printed at the start, `config.json` and `--watch-layers` follow the flags; a resumed
-        run does not notice, so give the edited code an `--out` of its own; block 4 never learns;
-        and the tests of the schedule will say that it is another one.
+        What is printed at the start, `config.json` and `--watch-layers` follow the flags, so give
+        flags that come near (`--bupo-layer 2,3 --bupo-steps 1,1`); a resumed run does not notice,
+        so give an `--out` of its own; block 4 never learns; and the tests of the schedule will say
+        that it is another one.
 
         ## Where to change what
 
