@@ -101,4 +101,4 @@ if __name__ == "__main__":
         process = multiprocessing.get_context("fork").Process(target=check, args=(folder,))
         process.start()
         process.join()
-        print(process.exitcode)
+        print(process.exitcode, flush=True)  # or the next fork would have it in its buffer too
