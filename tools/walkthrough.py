@@ -580,7 +580,7 @@ def schedule(page, run):
         What is printed at the start, `config.json` and `--watch-layers` follow the flags, so give
         flags that come near (`--bupo-layer 2,3 --bupo-steps 1,1`); a resumed run does not notice,
         so give an `--out` of its own; block 4 never learns; and the tests of the schedule will say
-        that it is another one.
+        that it is another one. [An exercise](docs/solutions/README.md#in_turn) makes a flag of it.
 
         ## Where to change what
 
