@@ -26,7 +26,7 @@ are those of TransformerLens.
 import argparse
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -883,9 +883,11 @@ def models_of(args):
             f"{args.model} is a run, not a model: follow it with --steps 0,{last}, or give --model "
             f"{saved[last]}"
         )
+    found += [(label(model), None, model) for model in args.compare]
+    count = Counter(name for name, _, _ in found)
     out = {}
-    for name, step, folder in found + [(label(model), None, model) for model in args.compare]:
-        out[f"{name} ({folder})" if name in out else name] = step, folder
+    for name, step, folder in found:
+        out[f"{name} ({folder})" if count[name] > 1 else name] = step, folder
     return out
 
 

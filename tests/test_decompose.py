@@ -3,6 +3,7 @@ forms."""
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -895,6 +896,19 @@ def test_labels_are_names_of_models(tmp_path, monkeypatch):
     }.items():
         assert decompose.label(name) == want, name
     assert decompose.folder_name("a/b c*") == "b-c-" and decompose.folder_name("/") == "model"
+
+
+def test_models_of_one_name_are_told_apart_by_their_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a/seed1/step_000300", "b/seed1/step_000300", "start"):
+        (tmp_path / folder).mkdir(parents=True)
+    args = SimpleNamespace(model="start", steps=None)
+    args.compare = ["a/seed1/step_000300", "b/seed1/step_000300"]
+    assert list(decompose.models_of(args)) == [
+        "start",
+        "seed1-step_000300 (a/seed1/step_000300)",
+        "seed1-step_000300 (b/seed1/step_000300)",
+    ]
 
 
 def test_texts_of_tokens(tmp_path):

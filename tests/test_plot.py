@@ -214,7 +214,7 @@ def test_every_figure_of_a_decomposition(tmp_path, figures):
     assert heights[1] == pytest.approx([-0.5] * 3 + [-0.4] * 3)
     assert heights[2] == pytest.approx([0.1] * 3 + [0.2] * 3)
     caption = figures[0].get_supxlabel()
-    for part in ("m ", "norm: none", "float32", "40 response tokens", "ln V = 3.91"):
+    for part in ("m\n", "norm: none", "float32", "40 response tokens", "ln V = 3.91"):
         assert part in caption
 
 

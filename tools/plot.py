@@ -317,7 +317,8 @@ def caption_of(rows):
     """What an entropy must not be shown without: model, norm, positions, dtype, how many tokens,
     ln V."""
     return (
-        f"{names_of(rows)}  |  {settings(rows[0])}\n"
+        f"{names_of(rows)}\n"
+        f"{settings(rows[0])}\n"
         f"at the states that produced {rows[0]['tokens']:,} response tokens  |  "
         "line: mean (rank: median), band: middle half of the tokens"
     )
