@@ -91,3 +91,25 @@ def test_the_example_asks_every_layer(folder, monkeypatch, capsys):
     layers = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
     assert [number for number, token in layers] == ["1", "2", "3", "4"]
     assert layers[-1][1] == "\\"  # as README says: it wants to guess
+
+
+def anchors(page) -> set[str]:
+    """What `page#...` can name: its headings in lower case, without signs, with dashes."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"^\[[^\]]+\]: (\S+)$", text, re.M)
+    for link in links:
+        path, _, anchor = link.partition("#")
+        if path.startswith(("http:", "https:", "{")):
+            continue
+        there = page.parent / path if path else page
+        assert there.exists(), link
+        assert not anchor or anchor in anchors(there), link

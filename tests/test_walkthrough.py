@@ -80,12 +80,6 @@ def test_every_command_and_flag_parses():
         train.schedule(args, tiny.CONFIG)
 
 
-def test_every_link_leads_somewhere():
-    links = re.findall(r"\]\(([^)#]+)", PAGE)
-    here = [link for link in links if not link.startswith("https:")]
-    assert here and all((walkthrough.HOME / link).exists() for link in here)
-
-
 def test_an_excerpt_whose_line_is_gone_says_where():
     with pytest.raises(ValueError, match="^grpo.py: policy_loss has no line with 'no such words'"):
         walkthrough.Page().code(policy_loss, "ratio =", "no such words")
