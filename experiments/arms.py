@@ -136,6 +136,6 @@ EXPERIMENTS = {
         "--eval-limit 100 --save-every 10 --watch-layers 5",
         at=(5,),
         more=("grad_norm 1", "trained_entropy 1", "layer_kl 1", "layer_kl 5"),
-        seeds=3,
+        seeds=2,
     ),
 }

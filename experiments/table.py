@@ -242,8 +242,11 @@ def table(name, experiment, rows) -> str:
     cells = cells_of(experiment, rows)
     lines = [f"| {' | '.join(line)} |" for line in zip(arms, *cells, strict=True)]
     commits = {row["commit"][:7] for row in rows if row["commit"]}
+    brackets = "in brackets 95 % intervals by bootstrap over seeds"
+    if n < 3:
+        brackets = "too few for intervals"
     note = (
-        f"Means over {n} seeds, in brackets 95 % intervals by bootstrap over seeds. Differences "
+        f"Means over {n} seeds, {brackets}. Differences "
         "are of runs of the same seed. Seconds and TFLOP are of training, without evaluation. "
         f"Commit {', '.join(sorted(commits)) or 'unknown'}."
     )

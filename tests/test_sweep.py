@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -317,6 +318,10 @@ def test_the_numbers_of_the_table():
     )
     assert lines[5].startswith("Means over 3 seeds") and "Commit abcdef0." in " ".join(lines)
     assert lines[-1] == "    python -m experiments.sweep made-up"
+    two = [row for row in made_up() if row["seed"] < 3]
+    lines = table.table("made-up", replace(e, seeds=2), two).splitlines()
+    assert lines[5].startswith("Means over 2 seeds, too few for intervals.")
+    assert lines[3].startswith("| other | 0.65 | 0.90 |")
 
 
 def test_the_figure_is_drawn(tmp_path):
