@@ -25,6 +25,7 @@ RUN = {
     "--samples-file out/tiny/samples.jsonl --limit 300": "--limit 4",
     "train.py --out out/grpo --bupo-layer none": f"{SMALL} --steps 1 --seed 1",
     "-m experiments.sweep layers": "--list",
+    "-m experiments.sweep words": "--list",
     "train.py --model qwen3-4b --dry-run --memory 80": "",
     # needs the network, and the next three GPUs
     "train.py --recipe words": "--dry-run",
