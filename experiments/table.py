@@ -157,8 +157,6 @@ def interval(rows, arm, quantity, step, minus=None):
     if quantity in ("reward", "layer_cos"):  # may be below 0
         within = None
     mine = values(rows, arm, quantity, step)
-    if quantity == "internal_steps" and len(set(mine.values())) == 1:
-        return mine[min(mine)], None, None  # by its flags
     if not minus:
         return bootstrap_mean(list(mine.values()), within=within) if mine else None
     other = values(rows, minus, quantity, step)

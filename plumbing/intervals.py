@@ -49,9 +49,9 @@ def bootstrap_mean(values, confidence=0.95, resamples=10_000, seed=0, within=Non
     to it.
 
     low and high are None where the values do not tell: fewer than three, or all equal. But when all
-    are equal to an end of `within`, that end is one bound and Clopper and Pearson's the other: for
-    n accuracies of 1, low = ((1 - confidence) / 2)^(1/n), which is right whatever their
-    distribution.
+    are equal to an end of `within`, and both its ends are finite, that end is one bound and Clopper
+    and Pearson's the other: for n accuracies of 1, low = ((1 - confidence) / 2)^(1/n), which is
+    right whatever their distribution.
 
     Raises ValueError for no values, values that are not finite numbers or not `within`, and a
     confidence that is not between 0 and 1.
@@ -74,9 +74,9 @@ def bootstrap_mean(values, confidence=0.95, resamples=10_000, seed=0, within=Non
     if smallest == largest:
         share = tail ** (1 / n)  # of such values, where n of them are drawn with that chance
         reach = (most - least) * (1 - share)
-        if smallest == least:
+        if smallest == least and np.isfinite(reach):
             return mean, mean, mean + reach
-        if smallest == most:
+        if smallest == most and np.isfinite(reach):
             return mean, mean - reach, mean
         return mean, None, None
     if n < 3:

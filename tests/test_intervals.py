@@ -91,6 +91,7 @@ def test_what_does_not_tell():
     for values in ([0.7], [0.6, 0.7], [0.5] * 9):
         assert bootstrap_mean(values) == (np.mean(values), None, None)
     assert bootstrap_mean([0.5] * 9, within=(0, 1)) == (0.5, None, None)
+    assert bootstrap_mean([0.0] * 9, within=(0, float("inf"))) == (0.0, None, None)
 
 
 def test_all_right_or_all_wrong():

@@ -107,6 +107,7 @@ PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 def test_every_link_leads_somewhere(page):
     text = page.read_text(encoding="utf-8")
     links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"^\[[^\]]+\]: (\S+)$", text, re.M)
+    assert links or page.name in ("verifier.md", "memory.md")
     for link in links:
         path, _, anchor = link.partition("#")
         if path.startswith(("http:", "https:", "{")):

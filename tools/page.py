@@ -301,9 +301,9 @@ def sections(fields):
             named = re.findall("`([^`]+)`", bullet)
             names = []
             for pattern in named:  # such as update_norm/*
-                names += fnmatch.filter(left, pattern)
-            for name in names:
-                left.pop(name, None)
+                for name in fnmatch.filter(left, pattern):
+                    names.append(name)
+                    del left[name]
             if names:
                 cards.append((names, re.sub(r"`|\*\*", "", " ".join(bullet.split()))))
         if cards:

@@ -273,10 +273,6 @@ def draw(page, run, problems):
     return groups, response
 
 
-def right_of(responses) -> int:
-    return sum(r.verdict.correct for r in responses)
-
-
 def judge(page, run, groups):
     group = groups[PROBLEM]
     page.say("## 5. Verdict, reward, advantage")
@@ -302,15 +298,15 @@ def judge(page, run, groups):
     every = [response for group in groups for response in group]
     guessed = [r for r in every if r.text.startswith("\\boxed")]
     worked = [r for r in every if "=" in r.text]
+    solved, lucky = (sum(map(metrics.is_right, some)) for some in (worked, guessed))
     page.say(f"""
         By hand: the mean reward of the group is {mean}, its sample deviation {deviation}. A right
         response gets (1 - {mean}) / {deviation} = {num(group[RIGHT].advantage, 4)}, a wrong one
         (0 - {mean}) / {deviation} = {num(group[0].advantage, 4)}. Every token of a response has
         this A. The lucky guess gets as much as the worked answer, because the steps of a sum earn
         nothing. But of the {len(every)} responses of this step {len(worked)} work the sum out, and
-        {right_of(worked)} of these are right; of the {len(guessed)} that guess it is
-        {right_of(guessed)}. So over many groups working wins. In a group of equal rewards A is 0:
-        it teaches nothing.
+        {solved} of these are right; of the {len(guessed)} that guess it is {lucky}. So over many
+        groups working wins. In a group of equal rewards A is 0: it teaches nothing.
         """)
 
 
@@ -517,16 +513,16 @@ def phase(page, run, policy, groups):
     paired = [made.number(f"length/{n}", "0", "accuracy", "end") for n in lengths[1:]]
     rows = ["accuracy", *accuracies], ["minus none, same seeds", "", *paired]
     page.table(f"steps of layer 3, {', '.join(lengths)}", rows)
-    looks = [row for row in each_row(WATCHED) if row["step"] in (1, 5, 10, 15)]
-    perplexity = ", ".join(num(row["watch/perplexity"], 2) for row in looks)
-    solved = {row["step"]: row.get("eval/accuracy") for row in each_row(WATCHED)}
+    logged = {row["step"]: row for row in each_row(WATCHED)}
+    perplexity = ", ".join(num(logged[step]["watch/perplexity"], 2) for step in (1, 5, 10, 15))
+    before, after = (num(logged[step]["eval/accuracy"], 2) for step in (0, 10))
     page.say(f"""
         Two flags watch the phase. `--watch-layers 5`, on in the tiny default: every five steps
         `train.py: watch` measures layer and model on the responses of step 1. `watch/perplexity` is
         the model's. It also rises when the model learns to answer otherwise, so it alone says
         little: in [the whole run](results/tiny/seed1/metrics.jsonl) it is {perplexity} at steps 1,
-        5, 10 and 15, while held-out accuracy goes from {num(solved[0], 2)} to {num(solved[10], 2)}
-        in ten steps. Alarming is a rise while `reward` falls.
+        5, 10 and 15, while held-out accuracy goes from {before} to {after} in ten steps. Alarming
+        is a rise while `reward` falls.
 
         `--bupo-steps auto`: the phase ends by itself. After each step `bupo.py: look` takes two
         means over the tokens of at most 64 right responses. After this step they are:
